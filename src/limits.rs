@@ -1,0 +1,74 @@
+//! Every cap in one place, each with its reason. A test one past each stands beside the code that enforces it.
+
+/// Text of one message, in characters: what the platforms promise their users.
+pub const TEXT_CHARS: usize = 10_000;
+/// Longest realm name, in bytes: it is part of every identity.
+pub const REALM_NAME_BYTES: usize = 32;
+/// Longest user id within a realm, in bytes: identity providers' `sub` claims are shorter than that.
+pub const USER_NAME_BYTES: usize = 128;
+/// Devices an account: every message costs an envelope for each.
+pub const DEVICES_PER_ACCOUNT: usize = 10;
+/// Identities linked to one account.
+pub const IDENTITIES_PER_ACCOUNT: usize = 8;
+/// Accounts one account may block: the list is read on every send to it.
+pub const BLOCKS_PER_ACCOUNT: usize = 1_000;
+/// A device's display name, in characters.
+pub const DEVICE_NAME_CHARS: usize = 64;
+
+/// One envelope's ciphertext, in bytes.
+pub const ENVELOPE_BYTES: usize = 256 * 1024;
+/// One request for one recipient account: an envelope for each of its devices and framing.
+pub const SEND_BYTES: usize = DEVICES_PER_ACCOUNT * ENVELOPE_BYTES + 4 * 1024;
+/// One WebSocket message, either way: the largest `Send` fits.
+pub const FRAME_BYTES: usize = SEND_BYTES + 1024;
+/// An ordinary JSON body.
+pub const BODY_BYTES: usize = 512 * 1024;
+/// A `Send` as JSON: base64 makes a third more of it.
+pub const SEND_BODY_BYTES: usize = SEND_BYTES / 3 * 4 + 64 * 1024;
+
+/// One-time prekeys uploaded at once, of each kind.
+pub const PREKEYS_PER_UPLOAD: usize = 100;
+/// One-time prekeys kept for a device, of each kind.
+pub const PREKEYS_PER_DEVICE: usize = 1_000;
+/// Below this many left the device is told to refill.
+pub const PREKEYS_LOW_WATER: usize = 20;
+
+/// How long an undelivered envelope is kept: 30 days.
+pub const ENVELOPE_TTL_MS: u64 = 30 * 24 * 3600 * 1000;
+/// Pending items kept for one device; past that senders get `inbox_full`.
+pub const PENDING_PER_DEVICE: u64 = 1_000_000;
+/// Pending bytes kept for one device.
+pub const PENDING_BYTES_PER_DEVICE: u64 = 4 * 1024 * 1024 * 1024;
+
+/// How far behind the highest client message id a new one may be: the width of the bitmap that the
+/// projector keeps for each pair (sending device, recipient account).
+pub const MESSAGE_ID_WINDOW: u64 = 128;
+
+/// Requests of one stream that may be unanswered at once; the stream is not read past that.
+pub const SENDS_IN_FLIGHT: usize = 1_024;
+/// Envelope bytes sent on a stream and not yet acknowledged; the feed pauses there.
+pub const UNACKED_BYTES: usize = 4 * 1024 * 1024;
+/// Items a session may queue between projector and socket; past that it catches up from the store.
+pub const SESSION_QUEUE_ITEMS: usize = 8_192;
+/// Bytes a session may queue between projector and socket.
+pub const SESSION_QUEUE_BYTES: usize = 2 * 1024 * 1024;
+/// What is aimed at for one server frame: large enough to amortise a write, small enough to stay live.
+pub const SERVER_FRAME_TARGET_BYTES: usize = 64 * 1024;
+
+/// One record of the log, in bytes: the largest `Send`, sealed.
+pub const RECORD_BYTES: usize = SEND_BYTES + 64 * 1024;
+/// Bytes waiting for the log's next commit; past that appends are refused (503).
+pub const LOG_QUEUE_BYTES: usize = 64 * 1024 * 1024;
+/// Bytes a coalescing window may hold in memory before it is written early.
+pub const WINDOW_BYTES: usize = 64 * 1024 * 1024;
+/// How long an envelope may stay in memory only (the log has it) before it is written to the store.
+pub const WINDOW_MS: u64 = 250;
+/// Inboxes and dedupe marks that a projector keeps in memory; clean ones are dropped past that.
+pub const HOT_ENTRIES: usize = 200_000;
+
+/// Envelopes in one page of the HTTP inbox.
+pub const INBOX_PAGE_ITEMS: usize = 500;
+/// Bytes in one page of the HTTP inbox.
+pub const INBOX_PAGE_BYTES: usize = 4 * 1024 * 1024;
+/// Longest long-poll of the HTTP inbox, in seconds.
+pub const LONG_POLL_S: u64 = 60;

@@ -1,0 +1,6 @@
+//! Turns the log into the view of what is pending, and tells the edges.
+
+pub mod apply;
+pub mod directory;
+pub mod push;
+pub mod worker;

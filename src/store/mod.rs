@@ -1,0 +1,247 @@
+//! The stores: the view of what is pending (rebuilt from the log at will) and the little state that is not in the log.
+//!
+//! | trait | holds | rebuilt from the log |
+//! |---|---|---|
+//! | [`DeliveryStore`] | pending items, inboxes, dedupe marks, applied positions of `inbox` | yes |
+//! | [`DirectoryStore`] | accounts, identities, devices' long-lived prekeys, applied positions of `directory` | yes |
+//! | [`KeyStore`] | one-time prekeys, at-rest keys, identity claims | no: it is state |
+//!
+//! Every method may be retried after [`StoreError::Unavailable`]: writes are idempotent, but for
+//! [`KeyStore::take_one_time`], which may then have spent a key for nobody (never handed one out twice).
+
+use async_trait::async_trait;
+use bytes::Bytes;
+
+use crate::clock::UnixMillis;
+use crate::ids::{AccountId, AttachId, ClientMessageId, DeviceAddr, EdgeId, Identity, Offset, Partition, Seq};
+use crate::wire::event::{AccountRecord, ReceiptEntry, SignedKey};
+
+#[cfg(any(test, feature = "test-util"))]
+pub mod conformance;
+pub mod embedded;
+pub mod keyspace;
+pub mod seal;
+
+/// Why a store call failed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum StoreError {
+    /// The disk or the database failed or is overloaded. Retry later; nothing was half written.
+    #[error("the store is unavailable: {0}")]
+    Unavailable(String),
+    /// What is stored is not what was written. Retrying never helps: `sealpost rebuild` does.
+    #[error("the store is damaged ({0}); `sealpost rebuild` makes the view anew from the log")]
+    Corrupt(String),
+    /// A cap was reached; nothing was written.
+    #[error("a cap is reached")]
+    LimitReached,
+}
+
+/// Something that waits in a device's inbox.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PendingItem {
+    /// Its position.
+    pub seq: Seq,
+    /// What it is.
+    pub body: PendingBody,
+}
+
+/// What waits in an inbox.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum PendingBody {
+    /// An envelope, its content still sealed under the account's at-rest key.
+    Envelope(PendingEnvelope),
+    /// What became of messages this device sent.
+    Receipts(Vec<ReceiptEntry>),
+}
+
+/// An envelope and what delivery needs to know of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PendingEnvelope {
+    /// Who sent it.
+    pub sender: DeviceAddr,
+    /// The sender's counter for this account.
+    pub client_message_id: ClientMessageId,
+    /// When it was accepted.
+    pub accepted: UnixMillis,
+    /// See `wire::event::flags`.
+    pub flags: u8,
+    /// The number of its `EnvelopeType`.
+    pub kind: u8,
+    /// See [`seal`].
+    pub sealed: Bytes,
+}
+
+impl PendingItem {
+    /// About how many bytes it costs to hold or to send.
+    pub fn cost(&self) -> usize {
+        64 + match &self.body {
+            PendingBody::Envelope(envelope) => envelope.sealed.len(),
+            PendingBody::Receipts(entries) => entries.iter().map(|e| 24 + 16 * e.ids.len()).sum(),
+        }
+    }
+}
+
+/// What is known of a device's inbox, apart from its items.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, bincode::Encode, bincode::Decode)]
+pub struct InboxState {
+    /// Everything up to it is acknowledged.
+    pub cursor: Seq,
+    /// Items in `cursor+1 ..= expired_to` expired undelivered; `ZERO` or below the cursor if none.
+    pub expired_to: Seq,
+    /// The edge and attachment that hold its stream, if one does.
+    pub attached: Option<(EdgeId, AttachId)>,
+    /// How many items are stored.
+    pub items: u64,
+    /// Their cost in bytes.
+    pub bytes: u64,
+}
+
+/// Names a dedupe mark.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct MarkKey {
+    /// Who the messages are for.
+    pub recipient: AccountId,
+    /// Who sends them.
+    pub sender: DeviceAddr,
+}
+
+/// Which client message ids of a pair were seen: all that is needed to drop a repeat.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, bincode::Encode, bincode::Decode)]
+pub struct Mark {
+    /// The highest id seen; 0 if none.
+    pub high: u64,
+    /// Bit `n`: the id `high - n` was seen. Its width is `limits::MESSAGE_ID_WINDOW`.
+    pub seen: u128,
+}
+
+/// What one flush of a coalescing window changes; written atomically with the position it covers.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct DeliveryWrite {
+    /// New positions: the next record of `inbox` to apply for each partition.
+    pub positions: Vec<(Partition, Offset)>,
+    /// Items to add, in seq order for each device.
+    pub put: Vec<(DeviceAddr, PendingItem)>,
+    /// Items to drop: all of the device up to and including the seq. Applied before `put`.
+    pub drop_to: Vec<(DeviceAddr, Seq)>,
+    /// Inboxes as they are now; `None`: gone, with all its items.
+    pub inboxes: Vec<(DeviceAddr, Option<InboxState>)>,
+    /// Marks as they are now.
+    pub marks: Vec<(MarkKey, Mark)>,
+    /// Accounts whose inboxes, items and marks (as recipient) go. Applied before everything else.
+    pub remove_accounts: Vec<AccountId>,
+}
+
+/// What is still undelivered. Written only by the projector.
+#[async_trait]
+pub trait DeliveryStore: Send + Sync + 'static {
+    /// The next record of `inbox` to apply; 0 if none was.
+    async fn position(&self, partition: Partition) -> Result<Offset, StoreError>;
+
+    /// Makes all of it visible at once, or nothing. Need not be on disk when it returns: the log is. What
+    /// is on disk after a crash is a prefix of the writes.
+    async fn write(&self, write: DeliveryWrite) -> Result<(), StoreError>;
+
+    /// The inboxes that exist, in the order asked.
+    async fn inboxes(&self, devices: Vec<DeviceAddr>) -> Result<Vec<Option<InboxState>>, StoreError>;
+
+    /// The marks that exist, in the order asked.
+    async fn marks(&self, keys: Vec<MarkKey>) -> Result<Vec<Option<Mark>>, StoreError>;
+
+    /// Pending items with `after < seq <= to`, in order: at most `items_max`, and no more once `bytes_max` is
+    /// reached (but at least one, if there is one).
+    async fn pending(
+        &self,
+        device: DeviceAddr,
+        after: Seq,
+        to: Seq,
+        items_max: usize,
+        bytes_max: usize,
+    ) -> Result<Vec<PendingItem>, StoreError>;
+
+    /// Devices that hold envelopes accepted before the time, with the highest seq up to which all are: at most
+    /// `devices_max`, of devices behind `after`. An empty answer ends the walk.
+    async fn expired(
+        &self,
+        before: UnixMillis,
+        after: Option<DeviceAddr>,
+        devices_max: usize,
+    ) -> Result<Vec<(DeviceAddr, Seq)>, StoreError>;
+}
+
+/// A device's long-lived prekeys.
+#[derive(Debug, Clone, PartialEq, Eq, bincode::Encode, bincode::Decode)]
+pub struct DeviceKeys {
+    /// EC, 33 bytes.
+    pub signed_prekey: SignedKey,
+    /// Kyber-1024, 1,569 bytes.
+    pub pq_last_resort: SignedKey,
+}
+
+/// What applying one directory command changes; atomic with the position.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct DirectoryWrite {
+    /// The next record of `directory` to apply.
+    pub position: Option<(Partition, Offset)>,
+    /// Accounts as they are now (deleted ones stay as tombstones).
+    pub accounts: Vec<AccountRecord>,
+    /// Devices' prekeys as they are now; `None`: gone.
+    pub keys: Vec<(DeviceAddr, Option<DeviceKeys>)>,
+    /// Links of identities; `None`: gone.
+    pub identities: Vec<(Identity, Option<AccountId>)>,
+}
+
+/// Accounts, devices and long-lived public keys. Written only by the projector.
+#[async_trait]
+pub trait DirectoryStore: Send + Sync + 'static {
+    /// The next record of `directory` to apply; 0 if none was.
+    async fn directory_position(&self, partition: Partition) -> Result<Offset, StoreError>;
+    /// Makes all of it visible at once, or nothing.
+    async fn write_directory(&self, write: DirectoryWrite) -> Result<(), StoreError>;
+    /// An account, deleted ones included.
+    async fn account(&self, id: AccountId) -> Result<Option<AccountRecord>, StoreError>;
+    /// The account an identity is linked to.
+    async fn identity(&self, identity: &Identity) -> Result<Option<AccountId>, StoreError>;
+    /// A device's long-lived prekeys.
+    async fn device_keys(&self, device: DeviceAddr) -> Result<Option<DeviceKeys>, StoreError>;
+    /// All accounts behind `after` in id order, at most `accounts_max`; for snapshots.
+    async fn accounts(&self, after: Option<AccountId>, accounts_max: usize) -> Result<Vec<AccountRecord>, StoreError>;
+}
+
+/// A one-time prekey: a number, a public key, and for Kyber keys the identity key's signature (empty for EC).
+pub type OneTimeKey = SignedKey;
+
+/// The two kinds of one-time prekeys.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum KeyKind {
+    /// X25519.
+    Ec,
+    /// Kyber-1024.
+    Pq,
+}
+
+/// The state that is not in the log. Each call is durable (on disk) when it returns `Ok`.
+#[async_trait]
+pub trait KeyStore: Send + Sync + 'static {
+    /// Adds one-time prekeys (an id that is there already is replaced). [`StoreError::LimitReached`], and nothing added, past
+    /// `limits::PREKEYS_PER_DEVICE`. Returns how many are there now.
+    async fn add_one_time(&self, device: DeviceAddr, kind: KeyKind, keys: Vec<OneTimeKey>) -> Result<usize, StoreError>;
+    /// Takes the one-time prekey with the lowest id out of the pool: no two calls ever get the same one,
+    /// whatever crashes. Also returns how many are left.
+    async fn take_one_time(&self, device: DeviceAddr, kind: KeyKind) -> Result<(Option<OneTimeKey>, usize), StoreError>;
+    /// How many one-time prekeys there are.
+    async fn count_one_time(&self, device: DeviceAddr, kind: KeyKind) -> Result<usize, StoreError>;
+    /// Drops all one-time prekeys of a device.
+    async fn remove_one_time(&self, device: DeviceAddr) -> Result<(), StoreError>;
+
+    /// Settles which account an identity belongs to, before the log hears of it: the first claim wins, and
+    /// every caller gets the winner. A claim without a registration behind it is harmless: the next one takes it over.
+    async fn claim_identity(&self, identity: &Identity, account: AccountId) -> Result<AccountId, StoreError>;
+    /// Frees an identity, if the claim is the account's.
+    async fn release_identity(&self, identity: &Identity, account: AccountId) -> Result<(), StoreError>;
+
+    /// The account's at-rest key; made (from `fresh`) if there is none and the account never had one.
+    /// `None` once it was destroyed.
+    async fn seal_key(&self, account: AccountId, fresh: Option<seal::SealKey>) -> Result<Option<seal::SealKey>, StoreError>;
+    /// Destroys the account's at-rest key in place: what is sealed under it is unreadable for ever.
+    async fn destroy_seal_key(&self, account: AccountId) -> Result<(), StoreError>;
+}

@@ -1,0 +1,320 @@
+//! The events of the log: bincode 2 (its written specification, standard configuration: little endian,
+//! variable-length integers) behind one version byte.
+//!
+//! Decoding borrows: the sealed contents of a record are slices of the record's own buffer, so that an
+//! envelope is not copied between the log and the socket. Golden vectors below fix the bytes.
+
+use bincode::{BorrowDecode, Decode, Encode, config};
+use bytes::Bytes;
+
+use crate::clock::UnixMillis;
+use crate::ids::{AccountId, AttachId, ClientMessageId, DeviceAddr, DeviceId, EdgeId, Identity, RegistrationId, Seq};
+use crate::limits;
+
+/// The version byte before every event; another one is refused, never guessed.
+pub const VERSION: u8 = 1;
+
+/// A record that is not an event of this version. Retrying never helps.
+#[derive(Debug, thiserror::Error)]
+pub enum DecodeError {
+    /// The record has no byte.
+    #[error("the record is empty")]
+    Empty,
+    /// Written by another version of Sealpost.
+    #[error("the record has version {0}, this binary reads version {VERSION}: run the version that wrote it, or newer")]
+    Version(u8),
+    /// The bytes are not an event.
+    #[error("the record is not an event: {0}")]
+    Malformed(#[from] bincode::error::DecodeError),
+    /// Bytes after the event.
+    #[error("{0} bytes after the event")]
+    Trailing(usize),
+}
+
+const CONFIG: config::Configuration<config::LittleEndian, config::Varint, config::Limit<{ limits::RECORD_BYTES }>> =
+    config::standard().with_limit::<{ limits::RECORD_BYTES }>();
+
+/// The bytes of an event.
+pub fn encode<E: Encode>(event: &E) -> Bytes {
+    let mut out = Vec::with_capacity(128);
+    encode_into(event, &mut out);
+    out.into()
+}
+
+/// Appends the bytes of an event to a buffer.
+pub fn encode_into<E: Encode>(event: &E, out: &mut Vec<u8>) {
+    out.push(VERSION);
+    bincode::encode_into_std_write(event, out, CONFIG).expect("encoding into memory can't fail, and events are below the record limit");
+}
+
+/// An event, its byte slices borrowed from `bytes`.
+pub fn decode<'a, E: BorrowDecode<'a, ()>>(bytes: &'a [u8]) -> Result<E, DecodeError> {
+    let (&version, rest) = bytes.split_first().ok_or(DecodeError::Empty)?;
+    if version != VERSION {
+        return Err(DecodeError::Version(version));
+    }
+    let (event, used) = bincode::borrow_decode_from_slice(rest, CONFIG)?;
+    if used == rest.len() { Ok(event) } else { Err(DecodeError::Trailing(rest.len() - used)) }
+}
+
+/// Topic `inbox`, keyed by the recipient account.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, BorrowDecode)]
+pub enum InboxEvent<'a> {
+    /// A sender's envelopes for the devices of one account.
+    EnvelopesAccepted(EnvelopesAccepted<'a>),
+    /// A device keeps everything up to the cursor.
+    Acked {
+        /// Whose cursor.
+        device: DeviceAddr,
+        /// Up to and including.
+        cursor: Seq,
+    },
+    /// A device opened a stream, or asks for a new switch from backlog to live on the same one (same `attach`).
+    DeviceAttached {
+        /// Which device.
+        device: DeviceAddr,
+        /// The edge that holds its socket.
+        edge: EdgeId,
+        /// Which attachment.
+        attach: AttachId,
+    },
+    /// A stream ended. Ignored unless `attach` is the device's current attachment.
+    DeviceDetached {
+        /// Which device.
+        device: DeviceAddr,
+        /// The edge that held its socket.
+        edge: EdgeId,
+        /// Which attachment.
+        attach: AttachId,
+    },
+    /// Everything up to `to` that is still pending is dropped: its time is over.
+    Expired {
+        /// Whose envelopes.
+        device: DeviceAddr,
+        /// Up to and including.
+        to: Seq,
+    },
+    /// What became of messages that a device sent; pending like an envelope until acknowledged.
+    Receipts {
+        /// The device that sent the messages.
+        device: DeviceAddr,
+        /// What became of which.
+        entries: Vec<ReceiptEntry>,
+    },
+    /// A device is no more: its inbox goes.
+    DeviceRemoved {
+        /// Which device.
+        device: DeviceAddr,
+    },
+    /// An account is no more: all its inboxes and marks go.
+    AccountRemoved {
+        /// Which account.
+        account: AccountId,
+    },
+}
+
+/// One accepted `Send`.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, BorrowDecode)]
+pub struct EnvelopesAccepted<'a> {
+    /// Who it is for; the key of the record.
+    pub recipient: AccountId,
+    /// Who sent it.
+    pub sender: DeviceAddr,
+    /// The sender's counter for this recipient.
+    pub client_message_id: ClientMessageId,
+    /// When the edge accepted it.
+    pub accepted: UnixMillis,
+    /// See [`flags`].
+    pub flags: u8,
+    /// One for each device, at most one a device.
+    pub envelopes: Vec<SealedEnvelope<'a>>,
+}
+
+/// Bits of [`EnvelopesAccepted::flags`].
+pub mod flags {
+    /// Wake the recipient.
+    pub const URGENT: u8 = 1;
+    /// Attached devices or nobody.
+    pub const EPHEMERAL: u8 = 2;
+}
+
+/// One ciphertext for one device, sealed once more under the recipient account's at-rest key.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, BorrowDecode)]
+pub struct SealedEnvelope<'a> {
+    /// The device it is for.
+    pub device: DeviceId,
+    /// The number of its `EnvelopeType` in `stream.proto`.
+    pub kind: u8,
+    /// AES-256-GCM: nonce (12 bytes), ciphertext, tag (16 bytes). See `store::seal`.
+    pub sealed: &'a [u8],
+}
+
+/// What became of messages for one device.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct ReceiptEntry {
+    /// The device the messages were for.
+    pub recipient: DeviceAddr,
+    /// What became of them.
+    pub kind: ReceiptKind,
+    /// Client message ids: ranges, both ends included, growing.
+    pub ids: Vec<(u64, u64)>,
+}
+
+/// What became of a message; the numbers are those of `ReceiptKind` in `stream.proto`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Encode, Decode)]
+pub enum ReceiptKind {
+    /// Acknowledged by the device.
+    Delivered,
+    /// Not fetched within the retention.
+    Expired,
+    /// Its id was behind the window of ids.
+    Rejected,
+}
+
+/// Topic `directory`, keyed by the account: a wish, decided by the projector in log order.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct DirectoryCommand {
+    /// The account it changes.
+    pub account: AccountId,
+    /// When the edge took it.
+    pub at: UnixMillis,
+    /// Where the verdict goes; nowhere, if nobody waits.
+    pub reply_to: Option<RequestId>,
+    /// What is wished.
+    pub change: DirectoryChange,
+}
+
+/// Names one waiting request of one edge.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Encode, Decode)]
+pub struct RequestId {
+    /// The edge that waits.
+    pub edge: EdgeId,
+    /// Its own number.
+    pub number: u64,
+}
+
+/// A change of one account.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub enum DirectoryChange {
+    /// Adds a device, and the account if it is new. The device id is chosen when it is applied.
+    RegisterDevice {
+        /// The identity whose token was shown; linked if the account is new.
+        identity: Identity,
+        /// The new device.
+        device: NewDevice,
+    },
+    /// Links another identity.
+    LinkIdentity {
+        /// Which one.
+        identity: Identity,
+    },
+    /// Takes a link away; the last one can't be.
+    UnlinkIdentity {
+        /// Which one.
+        identity: Identity,
+    },
+    /// Changes a device's display name.
+    RenameDevice {
+        /// Which device.
+        device: DeviceId,
+        /// Its new name.
+        name: String,
+    },
+    /// Removes a device, its keys, its credential and its inbox.
+    RevokeDevice {
+        /// Which device.
+        device: DeviceId,
+    },
+    /// Replaces a device's long-lived prekeys.
+    PublishKeys {
+        /// Which device.
+        device: DeviceId,
+        /// The new signed prekey, if it changes.
+        signed_prekey: Option<SignedKey>,
+        /// The new last-resort key, if it changes.
+        pq_last_resort: Option<SignedKey>,
+    },
+    /// Refuses messages of another account.
+    Block {
+        /// Whose.
+        other: AccountId,
+    },
+    /// Takes that back.
+    Unblock {
+        /// Whose.
+        other: AccountId,
+    },
+    /// Ends the account; its id is never used again.
+    DeleteAccount,
+    /// A whole account at once, written when the topic is compacted; replaces what was there.
+    Snapshot(AccountRecord),
+}
+
+/// What a new device publishes.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct NewDevice {
+    /// Shown to the person's other devices.
+    pub name: String,
+    /// See [`RegistrationId`].
+    pub registration_id: RegistrationId,
+    /// Its identity key: libsignal's serialization, 33 bytes (type byte 5, then the X25519 point).
+    pub identity_key: Vec<u8>,
+    /// SHA-256 of the credential's secret.
+    pub credential_hash: [u8; 32],
+    /// Its signed EC prekey.
+    pub signed_prekey: SignedKey,
+    /// Its post-quantum prekey for when the one-time ones are used up.
+    pub pq_last_resort: SignedKey,
+}
+
+/// A public key with the identity key's signature over its serialized bytes.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct SignedKey {
+    /// The client's number for it.
+    pub id: u32,
+    /// libsignal's serialization: 33 bytes (EC) or 1,569 bytes (Kyber-1024).
+    pub public_key: Vec<u8>,
+    /// XEdDSA signature, 64 bytes.
+    pub signature: Vec<u8>,
+}
+
+/// An account as the directory knows it.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct AccountRecord {
+    /// Its id.
+    pub id: AccountId,
+    /// When it was made.
+    pub created: UnixMillis,
+    /// Set when it was deleted: then everything else is empty.
+    pub deleted: Option<UnixMillis>,
+    /// Identities linked to it.
+    pub identities: Vec<Identity>,
+    /// Its devices, by id.
+    pub devices: Vec<DeviceRecord>,
+    /// The device id given last, so that ids are reused as late as can be.
+    pub last_device: u8,
+    /// Accounts whose messages it refuses, sorted.
+    pub blocked: Vec<AccountId>,
+}
+
+/// A device as the directory knows it. Its prekeys are apart: few readers need them.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct DeviceRecord {
+    /// Its number.
+    pub id: DeviceId,
+    /// Its name.
+    pub name: String,
+    /// Its registration id.
+    pub registration_id: RegistrationId,
+    /// Its identity key, 33 bytes.
+    pub identity_key: Vec<u8>,
+    /// SHA-256 of its credential's secret.
+    pub credential_hash: [u8; 32],
+    /// When it was registered.
+    pub created: UnixMillis,
+}
+
+/// Cuts the slice of `whole` that `part` borrows from it, without a copy.
+pub fn share(whole: &Bytes, part: &[u8]) -> Bytes {
+    whole.slice_ref(part)
+}

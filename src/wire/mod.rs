@@ -1,0 +1,8 @@
+//! Pure, versioned codecs: the frames of the device stream and the events of the log.
+
+pub mod event;
+/// The Protobuf types of `schemas/stream.proto`.
+#[allow(missing_docs, clippy::doc_markdown, reason = "generated; the schema is the documentation")]
+pub mod stream {
+    include!(concat!(env!("OUT_DIR"), "/sealpost.stream.v1.rs"));
+}
