@@ -1,1 +1,3 @@
-//! (under construction)
+//! One device's session: catch-up, follow, acknowledge; free of any transport.
+
+pub mod api;

@@ -1,1 +1,3 @@
-//! (under construction)
+//! The HTTP and WebSocket edge: the only place that knows Axum.
+
+pub mod error;
