@@ -1,0 +1,79 @@
+# `make demo` shows it, `make test` proves it. On Debian and Ubuntu both install what is missing and say so.
+
+CARGO ?= cargo
+# Seconds for each fuzz target of `make fuzz`.
+FUZZ_SECONDS ?= 20
+
+.DEFAULT_GOAL := help
+.PHONY: help demo build test fmt lint unit doc features wasm deny bench fuzz kill-audit tools wasm-target
+
+help:
+	@echo "make demo        build, then a narrated conversation through a broker that is killed on the way"
+	@echo "make test        everything that CI runs: format, lints, tests, documentation, wasm32, licences"
+	@echo "make bench       log append, apply, bundle fetch, edge round trip, backlog drain"
+	@echo "make kill-audit  200 random kill -9 of a broker under load, every accepted id audited"
+	@echo "make fuzz        every fuzz target for $(FUZZ_SECONDS) s each (nightly Rust)"
+
+demo: build
+	@target/release/sealpost demo
+
+build: tools
+	$(CARGO) build --release
+
+test: tools fmt lint unit doc features wasm deny
+
+fmt:
+	$(CARGO) fmt --check
+
+lint: tools
+	$(CARGO) clippy --all-targets --all-features -- -D warnings
+
+unit: tools
+	$(CARGO) test --all-features
+
+doc: tools
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --no-deps --all-features
+
+# Each half of the product builds without the other.
+features: tools
+	$(CARGO) check --no-default-features --features client
+	$(CARGO) check --no-default-features --features server
+
+# The SDK's core has no I/O: a browser SDK can follow.
+wasm: tools wasm-target
+	$(CARGO) check --target wasm32-unknown-unknown --no-default-features --features client-core
+
+deny:
+	@if $(CARGO) deny --version >/dev/null 2>&1; then $(CARGO) deny check; \
+	else echo "skipped: licences and advisories (deny.toml), since cargo-deny is not installed: cargo install cargo-deny"; fi
+
+bench: tools
+	$(CARGO) bench --all-features
+
+kill-audit: tools
+	SEALPOST_KILL_ROUNDS=200 $(CARGO) test --release --all-features --test kill_audit -- --nocapture
+
+fuzz: tools
+	@rustup toolchain list 2>/dev/null | grep -q nightly || { echo "installing nightly Rust, which cargo-fuzz needs"; rustup toolchain install nightly --profile minimal; }
+	@$(CARGO) fuzz --version >/dev/null 2>&1 || { echo "installing cargo-fuzz"; $(CARGO) install --locked cargo-fuzz; }
+	@set -e; for target in $$($(CARGO) +nightly fuzz list); do \
+		echo "fuzzing $$target for $(FUZZ_SECONDS) s"; \
+		$(CARGO) +nightly fuzz run $$target -- -max_total_time=$(FUZZ_SECONDS) -rss_limit_mb=4096; \
+	done
+
+# protoc (libsignal's build and ours) and a C compiler (ring, SQLite, mimalloc).
+tools:
+	@missing=""; \
+	command -v protoc >/dev/null 2>&1 || missing="$$missing protobuf-compiler"; \
+	{ command -v cc && command -v make; } >/dev/null 2>&1 || missing="$$missing build-essential"; \
+	[ -z "$$missing" ] && exit 0; \
+	sudo=""; [ "$$(id -u)" = 0 ] || sudo="sudo"; \
+	command -v apt-get >/dev/null 2>&1 || { echo "please install:$$missing (this is not a Debian or Ubuntu, so make does not try)"; exit 1; }; \
+	echo "installing by apt-get:$$missing"; \
+	$$sudo apt-get update -q && $$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends $$missing
+
+wasm-target:
+	@if command -v rustup >/dev/null 2>&1; then \
+		rustup target list --installed | grep -qx wasm32-unknown-unknown \
+		|| { echo "adding the wasm32-unknown-unknown target by rustup"; rustup target add wasm32-unknown-unknown; }; \
+	fi
