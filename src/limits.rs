@@ -62,7 +62,11 @@ pub const LOG_QUEUE_BYTES: usize = 64 * 1024 * 1024;
 /// Bytes a coalescing window may hold in memory before it is written early.
 pub const WINDOW_BYTES: usize = 64 * 1024 * 1024;
 /// How long an envelope may stay in memory only (the log has it) before it is written to the store.
-pub const WINDOW_MS: u64 = 250;
+pub const WINDOW_MS: u64 = 1_000;
+/// How soon receipts leave, and items of devices without a stream are readable by polls: long enough to put many together.
+pub const RECEIPT_DELAY_MS: u64 = 25;
+/// Entries in one `Receipts` event; more go into the next.
+pub const RECEIPT_ENTRIES: usize = 1_024;
 /// Inboxes and dedupe marks that a projector keeps in memory; clean ones are dropped past that.
 pub const HOT_ENTRIES: usize = 200_000;
 

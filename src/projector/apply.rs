@@ -1,1 +1,486 @@
-//! (under construction)
+//! The projection itself: (state, event) → effects. No async, no clock, no randomness, so that the same log
+//! always gives the same view.
+//!
+//! The state of an inbox is split. What was flushed is in the store and counted by `InboxState::items`; what is
+//! younger is `fresh`, in memory only, its log position not yet committed. An acknowledgement in time
+//! takes an item out of `fresh` and the store never hears of it.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+
+use bytes::Bytes;
+
+use crate::ids::{AccountId, AttachId, DeviceAddr, DeviceId, EdgeId, Partition, Seq};
+use crate::limits;
+use crate::projector::push::Push;
+use crate::store::{DeliveryWrite, InboxState, Mark, MarkKey, PendingBody, PendingEnvelope, PendingItem};
+use crate::wire::event::{self, EnvelopesAccepted, InboxEvent, ReceiptEntry, ReceiptKind, flags};
+
+/// What the projector knows of an inbox.
+#[derive(Debug, Default)]
+pub struct Inbox {
+    /// As the store will have it after the next flush.
+    pub state: InboxState,
+    /// Items that are on the log only, in seq order.
+    fresh: VecDeque<PendingItem>,
+    /// It stands in `with_fresh`.
+    listed: bool,
+    /// `state` differs from the store.
+    dirty: bool,
+    /// Stored items up to here are acknowledged or expired, and dropped by the next flush.
+    drop_to: Seq,
+    /// Senders were told that it is full.
+    full: bool,
+}
+
+/// What has to be in memory before an event can be applied.
+#[derive(Debug, Default)]
+pub struct Needs {
+    /// Inboxes to load.
+    pub inboxes: HashSet<DeviceAddr>,
+    /// Marks to load.
+    pub marks: HashSet<MarkKey>,
+}
+
+impl Needs {
+    /// Nothing is missing.
+    pub fn is_empty(&self) -> bool {
+        self.inboxes.is_empty() && self.marks.is_empty()
+    }
+}
+
+/// Something the worker has to do in order, before the next event.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Step {
+    /// Read the stored items in `after < seq <= to`, report them by [`Projection::settle_stored`].
+    SettleStored {
+        /// Whose.
+        device: DeviceAddr,
+        /// Behind this one.
+        after: Seq,
+        /// Up to and including.
+        to: Seq,
+        /// What their senders are told.
+        kind: ReceiptKind,
+    },
+    /// Write the device's fresh items ([`Projection::take_fresh`]), then push `Attached`.
+    Attach {
+        /// Which device.
+        device: DeviceAddr,
+        /// Where its stream is.
+        edge: EdgeId,
+        /// Which attachment.
+        attach: AttachId,
+        /// The switch from backlog to live.
+        at: Seq,
+    },
+}
+
+/// One receipt before it is put together with others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Told {
+    sender: DeviceAddr,
+    recipient: DeviceAddr,
+    kind: ReceiptKind,
+    id: u64,
+}
+
+/// The state of all partitions that one worker owns.
+#[derive(Debug, Default)]
+pub struct Projection {
+    inboxes: HashMap<DeviceAddr, Inbox>,
+    marks: HashMap<MarkKey, (Mark, bool)>,
+    dirty_inboxes: Vec<DeviceAddr>,
+    dirty_marks: Vec<MarkKey>,
+    /// Devices that had fresh items since the last flush.
+    with_fresh: Vec<DeviceAddr>,
+    removed: Vec<AccountId>,
+    gone: Vec<DeviceAddr>,
+    /// Devices without a stream that have fresh items: they are written soon, for polls to see.
+    waiting: Vec<DeviceAddr>,
+    told: Vec<Told>,
+    fresh_bytes: usize,
+    /// Pushes in order, for the worker to send after each batch.
+    pub pushes: Vec<(EdgeId, Push)>,
+    /// Pushes for every edge.
+    pub broadcasts: Vec<Push>,
+}
+
+impl Projection {
+    /// Adds to `needs` what the event needs and is not in memory.
+    pub fn needs(&self, event: &InboxEvent<'_>, needs: &mut Needs) {
+        let mut inbox = |device: DeviceAddr| {
+            if !self.inboxes.contains_key(&device) {
+                needs.inboxes.insert(device);
+            }
+        };
+        match event {
+            InboxEvent::EnvelopesAccepted(accepted) => {
+                for envelope in &accepted.envelopes {
+                    inbox(DeviceAddr { account: accepted.recipient, device: envelope.device });
+                }
+                let key = MarkKey { recipient: accepted.recipient, sender: accepted.sender };
+                if !self.marks.contains_key(&key) {
+                    needs.marks.insert(key);
+                }
+            }
+            InboxEvent::Acked { device, .. }
+            | InboxEvent::DeviceAttached { device, .. }
+            | InboxEvent::DeviceDetached { device, .. }
+            | InboxEvent::Expired { device, .. }
+            | InboxEvent::Receipts { device, .. }
+            | InboxEvent::DeviceRemoved { device } => inbox(*device),
+            InboxEvent::AccountRemoved { .. } => {}
+        }
+    }
+
+    /// Puts an inbox in memory as the store has it.
+    pub fn load_inbox(&mut self, device: DeviceAddr, state: Option<InboxState>) {
+        let state = state.unwrap_or_default();
+        self.inboxes.entry(device).or_insert(Inbox { state, ..Inbox::default() });
+    }
+
+    /// Puts a mark in memory as the store has it.
+    pub fn load_mark(&mut self, key: MarkKey, mark: Option<Mark>) {
+        self.marks.entry(key).or_insert((mark.unwrap_or_default(), false));
+    }
+
+    /// Applies the event of the record at `at`. `payload` is the record's buffer, which the event borrows from.
+    pub fn apply(&mut self, at: Seq, event: InboxEvent<'_>, payload: &Bytes) -> Option<Step> {
+        match event {
+            InboxEvent::EnvelopesAccepted(accepted) => {
+                self.accept(at, &accepted, payload);
+                None
+            }
+            InboxEvent::Receipts { device, entries } => {
+                self.put(device, PendingItem { seq: at, body: PendingBody::Receipts(entries) }, false);
+                None
+            }
+            InboxEvent::Acked { device, cursor } => self.settle(device, cursor.min(at), ReceiptKind::Delivered),
+            InboxEvent::Expired { device, to } => self.settle(device, to.min(at), ReceiptKind::Expired),
+            InboxEvent::DeviceAttached { device, edge, attach } => {
+                let inbox = self.touch(device);
+                let before = inbox.state.attached.replace((edge, attach));
+                if let Some((old_edge, old)) = before.filter(|old| *old != (edge, attach)) {
+                    self.pushes.push((old_edge, Push::Replaced { device, attach: old }));
+                }
+                Some(Step::Attach { device, edge, attach, at })
+            }
+            InboxEvent::DeviceDetached { device, edge, attach } => {
+                let inbox = self.touch(device);
+                if inbox.state.attached == Some((edge, attach)) {
+                    inbox.state.attached = None;
+                    if !inbox.fresh.is_empty() {
+                        self.waiting.push(device);
+                    }
+                }
+                None
+            }
+            InboxEvent::DeviceRemoved { device } => {
+                self.remove_inbox(device);
+                self.gone.push(device);
+                None
+            }
+            InboxEvent::AccountRemoved { account } => {
+                for number in 1..=u32::from(DeviceId::MAX) {
+                    let device = DeviceId::new(number).expect("the loop stays in the range of device ids");
+                    self.remove_inbox(DeviceAddr { account, device });
+                }
+                self.marks.retain(|key, _| key.recipient != account);
+                self.dirty_marks.retain(|key| key.recipient != account);
+                self.removed.push(account);
+                None
+            }
+        }
+    }
+
+    fn touch(&mut self, device: DeviceAddr) -> &mut Inbox {
+        let inbox = self.inboxes.entry(device).or_default();
+        if !inbox.dirty {
+            inbox.dirty = true;
+            self.dirty_inboxes.push(device);
+        }
+        inbox
+    }
+
+    fn remove_inbox(&mut self, device: DeviceAddr) {
+        let Some(inbox) = self.inboxes.remove(&device) else { return };
+        self.fresh_bytes -= inbox.fresh.iter().map(PendingItem::cost).sum::<usize>();
+        if let Some((edge, _)) = inbox.state.attached {
+            self.pushes.push((edge, Push::Revoked { device }));
+        }
+        if inbox.full {
+            self.broadcasts.push(Push::Full { device, full: false });
+        }
+    }
+
+    fn accept(&mut self, at: Seq, accepted: &EnvelopesAccepted<'_>, payload: &Bytes) {
+        let key = MarkKey { recipient: accepted.recipient, sender: accepted.sender };
+        let (mark, dirty) = self.marks.entry(key).or_default();
+        let seen = mark.see(accepted.client_message_id.0);
+        if seen != Seen::Again && !*dirty {
+            *dirty = true;
+            self.dirty_marks.push(key);
+        }
+        match seen {
+            Seen::New => {}
+            Seen::Again => return,
+            Seen::Behind => {
+                // The edge's own check makes this all but impossible; if it happens the sender is told, never left in the dark.
+                for envelope in &accepted.envelopes {
+                    let recipient = DeviceAddr { account: accepted.recipient, device: envelope.device };
+                    self.told.push(Told {
+                        sender: accepted.sender,
+                        recipient,
+                        kind: ReceiptKind::Rejected,
+                        id: accepted.client_message_id.0,
+                    });
+                }
+                return;
+            }
+        }
+        for envelope in &accepted.envelopes {
+            let body = PendingBody::Envelope(PendingEnvelope {
+                sender: accepted.sender,
+                client_message_id: accepted.client_message_id,
+                accepted: accepted.accepted,
+                flags: accepted.flags,
+                kind: envelope.kind,
+                sealed: event::share(payload, envelope.sealed),
+            });
+            let device = DeviceAddr { account: accepted.recipient, device: envelope.device };
+            self.put(device, PendingItem { seq: at, body }, accepted.flags & flags::EPHEMERAL != 0);
+        }
+    }
+
+    fn put(&mut self, device: DeviceAddr, item: PendingItem, ephemeral: bool) {
+        let inbox = self.inboxes.entry(device).or_default();
+        if let Some((edge, attach)) = inbox.state.attached {
+            self.pushes.push((edge, Push::Item { device, attach, item: item.clone() }));
+        } else if !ephemeral && inbox.fresh.is_empty() {
+            self.waiting.push(device);
+        }
+        if ephemeral {
+            return;
+        }
+        if !inbox.listed {
+            inbox.listed = true;
+            self.with_fresh.push(device);
+        }
+        self.fresh_bytes += item.cost();
+        inbox.fresh.push_back(item);
+        if !inbox.full && inbox.state.items + inbox.fresh.len() as u64 > limits::PENDING_PER_DEVICE {
+            inbox.full = true;
+            self.broadcasts.push(Push::Full { device, full: true });
+        }
+    }
+
+    /// Everything up to `to` is done with, for one of two reasons.
+    fn settle(&mut self, device: DeviceAddr, to: Seq, kind: ReceiptKind) -> Option<Step> {
+        let inbox = self.inboxes.entry(device).or_default();
+        let done = inbox.state.cursor.max(inbox.state.expired_to);
+        if to <= inbox.state.cursor || (kind == ReceiptKind::Expired && to <= done) {
+            return None;
+        }
+        let after = done.min(to);
+        let inbox = self.touch(device);
+        match kind {
+            ReceiptKind::Expired => inbox.state.expired_to = to,
+            ReceiptKind::Delivered | ReceiptKind::Rejected => inbox.state.cursor = to,
+        }
+        let mut told = std::mem::take(&mut self.told);
+        let inbox = self.inboxes.get_mut(&device).expect("touched above");
+        while inbox.fresh.front().is_some_and(|item| item.seq <= to) {
+            let item = inbox.fresh.pop_front().expect("there is a front");
+            self.fresh_bytes -= item.cost();
+            tell(&mut told, device, kind, &item.body);
+        }
+        self.told = told;
+        if inbox.state.items > 0 && after < to {
+            return Some(Step::SettleStored { device, after, to, kind });
+        }
+        self.not_full(device);
+        None
+    }
+
+    fn not_full(&mut self, device: DeviceAddr) {
+        let Some(inbox) = self.inboxes.get_mut(&device) else { return };
+        if inbox.full && inbox.state.items + inbox.fresh.len() as u64 <= limits::PENDING_PER_DEVICE / 10 * 9 {
+            inbox.full = false;
+            self.broadcasts.push(Push::Full { device, full: false });
+        }
+    }
+
+    /// The stored items that [`Step::SettleStored`] asked for.
+    pub fn settle_stored(&mut self, device: DeviceAddr, to: Seq, kind: ReceiptKind, items: &[PendingItem]) {
+        let Some(inbox) = self.inboxes.get_mut(&device) else { return };
+        inbox.drop_to = inbox.drop_to.max(to);
+        for item in items {
+            inbox.state.items = inbox.state.items.saturating_sub(1);
+            inbox.state.bytes = inbox.state.bytes.saturating_sub(item.cost() as u64);
+            tell(&mut self.told, device, kind, &item.body);
+        }
+        self.not_full(device);
+    }
+
+    /// The inbox as it is now, if it is in memory.
+    pub fn inbox(&self, device: &DeviceAddr) -> Option<&Inbox> {
+        self.inboxes.get(device)
+    }
+
+    /// Moves a device's fresh items into `write`: from now on they count as stored.
+    pub fn take_fresh(&mut self, device: DeviceAddr, write: &mut DeliveryWrite) {
+        let Some(inbox) = self.inboxes.get_mut(&device) else { return };
+        if !inbox.fresh.is_empty() && !inbox.dirty {
+            inbox.dirty = true;
+            self.dirty_inboxes.push(device);
+        }
+        for item in inbox.fresh.drain(..) {
+            let cost = item.cost();
+            self.fresh_bytes -= cost;
+            inbox.state.items += 1;
+            inbox.state.bytes += cost as u64;
+            write.put.push((device, item));
+        }
+    }
+
+    /// Moves the fresh items of devices without a stream into `write`, so that polls see them. Writing items early is always
+    /// safe: their position is not committed, so a crash applies them again, to the same rows.
+    pub fn take_waiting(&mut self, write: &mut DeliveryWrite) -> Vec<DeviceAddr> {
+        let mut waiting = std::mem::take(&mut self.waiting);
+        waiting.retain(|device| self.inboxes.get(device).is_some_and(|inbox| inbox.state.attached.is_none() && !inbox.fresh.is_empty()));
+        for device in &waiting {
+            self.take_fresh(*device, write);
+        }
+        waiting
+    }
+
+    /// Whether [`Self::take_waiting`] has something to do.
+    pub fn has_waiting(&self) -> bool {
+        !self.waiting.is_empty()
+    }
+
+    /// Bytes of items that are in memory only.
+    pub const fn fresh_bytes(&self) -> usize {
+        self.fresh_bytes
+    }
+
+    /// Everything that differs from the store; after it is written with the positions the store equals the state.
+    pub fn flush(&mut self, write: &mut DeliveryWrite) {
+        write.remove_accounts.append(&mut self.removed);
+        write.inboxes.extend(self.gone.drain(..).map(|device| (device, None)));
+        for device in std::mem::take(&mut self.with_fresh) {
+            if let Some(inbox) = self.inboxes.get_mut(&device) {
+                inbox.listed = false;
+            }
+            self.take_fresh(device, write);
+        }
+        self.waiting.clear();
+        for device in self.dirty_inboxes.drain(..) {
+            let Some(inbox) = self.inboxes.get_mut(&device).filter(|inbox| inbox.dirty) else { continue };
+            inbox.dirty = false;
+            if inbox.drop_to > Seq::ZERO {
+                write.drop_to.push((device, std::mem::take(&mut inbox.drop_to)));
+            }
+            write.inboxes.push((device, Some(inbox.state)));
+        }
+        for key in self.dirty_marks.drain(..) {
+            if let Some((mark, dirty)) = self.marks.get_mut(&key).filter(|(_, dirty)| *dirty) {
+                *dirty = false;
+                write.marks.push((key, *mark));
+            }
+        }
+    }
+
+    /// Keeps memory below its cap after a flush: everything in memory is then in the store too, so any of it may go.
+    pub fn trim(&mut self) {
+        if self.inboxes.len() > limits::HOT_ENTRIES {
+            self.inboxes.retain(|_, inbox| inbox.dirty || inbox.full || !inbox.fresh.is_empty());
+            self.inboxes.shrink_to(limits::HOT_ENTRIES / 4);
+        }
+        if self.marks.len() > limits::HOT_ENTRIES {
+            self.marks.retain(|_, (_, dirty)| *dirty);
+            self.marks.shrink_to(limits::HOT_ENTRIES / 4);
+        }
+    }
+
+    /// Forgets a partition that belongs to somebody else now; call after a flush.
+    pub fn forget(&mut self, partition: Partition, partitions: u16) {
+        self.inboxes.retain(|device, _| Partition::of(&device.account, partitions) != partition);
+        self.marks.retain(|key, _| Partition::of(&key.recipient, partitions) != partition);
+    }
+
+    /// Receipts due for senders, put together: one entry list for each sending device.
+    pub fn take_receipts(&mut self) -> Vec<(DeviceAddr, Vec<ReceiptEntry>)> {
+        let mut told = std::mem::take(&mut self.told);
+        told.sort_unstable();
+        told.dedup();
+        let mut out: Vec<(DeviceAddr, Vec<ReceiptEntry>)> = Vec::new();
+        for Told { sender, recipient, kind, id } in told.drain(..) {
+            if out.last().is_none_or(|(last, _)| *last != sender) {
+                out.push((sender, Vec::new()));
+            }
+            let (_, entries) = out.last_mut().expect("pushed above");
+            match entries.last_mut() {
+                Some(entry) if entry.recipient == recipient && entry.kind == kind => match entry.ids.last_mut() {
+                    Some((_, last)) if *last + 1 == id => *last = id,
+                    _ => entry.ids.push((id, id)),
+                },
+                _ => entries.push(ReceiptEntry { recipient, kind, ids: vec![(id, id)] }),
+            }
+        }
+        self.told = told;
+        out
+    }
+
+    /// Whether [`Self::take_receipts`] has something to give.
+    pub fn has_receipts(&self) -> bool {
+        !self.told.is_empty()
+    }
+
+    /// Whether [`Self::flush`] would write anything beside positions.
+    pub fn is_dirty(&self) -> bool {
+        self.fresh_bytes > 0
+            || !(self.dirty_inboxes.is_empty() && self.dirty_marks.is_empty() && self.removed.is_empty() && self.gone.is_empty())
+    }
+}
+
+fn tell(told: &mut Vec<Told>, recipient: DeviceAddr, kind: ReceiptKind, body: &PendingBody) {
+    match body {
+        PendingBody::Envelope(envelope) => told.push(Told { sender: envelope.sender, recipient, kind, id: envelope.client_message_id.0 }),
+        // Nobody is told what became of a receipt.
+        PendingBody::Receipts(_) => {}
+    }
+}
+
+/// What a mark says of an id.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Seen {
+    /// Never seen; it is now.
+    New,
+    /// Seen before.
+    Again,
+    /// Too far behind the highest to tell.
+    Behind,
+}
+
+impl Mark {
+    /// Notes an id.
+    pub fn see(&mut self, id: u64) -> Seen {
+        if id > self.high {
+            let ahead = id - self.high;
+            self.seen = if ahead < limits::MESSAGE_ID_WINDOW { (self.seen << ahead) | 1 } else { 1 };
+            self.high = id;
+            return Seen::New;
+        }
+        let behind = self.high - id;
+        if behind >= limits::MESSAGE_ID_WINDOW {
+            return Seen::Behind;
+        }
+        let bit = 1u128 << behind;
+        if self.seen & bit != 0 {
+            return Seen::Again;
+        }
+        self.seen |= bit;
+        Seen::New
+    }
+}

@@ -46,6 +46,13 @@ pub enum Push {
         /// The device.
         device: DeviceAddr,
     },
+    /// The device's inbox is at its cap (senders are refused), or no more.
+    Full {
+        /// The device.
+        device: DeviceAddr,
+        /// At its cap.
+        full: bool,
+    },
     /// What became of a directory command.
     Verdict {
         /// Which one.
@@ -77,8 +84,8 @@ pub enum Verdict {
 
 /// Carries pushes to edges. Never blocks; an edge that can't take more loses its live feed and catches up.
 pub trait PushBus: Send + Sync + 'static {
-    /// To one edge, in order.
-    fn push(&self, edge: EdgeId, batch: Vec<Push>);
+    /// To one edge, in order. False: there is no such edge any more, its attachments are over.
+    fn push(&self, edge: EdgeId, batch: Vec<Push>) -> bool;
     /// To all edges.
     fn broadcast(&self, push: Push);
 }

@@ -1,1 +1,447 @@
-//! (under construction)
+//! The worker around [`Projection`]: consume → apply → push, and write behind the log in coalescing windows.
+//!
+//! The invariant that makes a crash harmless: a committed position never covers an event whose effect is not in the
+//! same write, and inboxes and marks are written only together with the position that they stand at. Items alone may be written earlier;
+//! applying their event again puts the same row.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use crate::clock::Clock;
+use crate::ids::{DeviceAddr, EdgeId, Generation, Offset, Partition, Seq};
+use crate::limits;
+use crate::log::{AppendError, Consumed, Consumer, EventLog, ReadError, Record, Topic, TopicPartition};
+use crate::metrics;
+use crate::projector::apply::{Needs, Projection, Step};
+use crate::projector::directory;
+use crate::projector::push::{Push, PushBus};
+use crate::store::{DeliveryStore, DeliveryWrite, DirectoryStore, KeyStore, MarkKey, StoreError};
+use crate::wire::event::{self, InboxEvent, ReceiptKind};
+
+/// The consumer group of the projectors.
+pub const GROUP: &str = "projector";
+
+/// Why a projector stopped. It is safe to start one again: it goes on from the stored position.
+#[derive(Debug, thiserror::Error)]
+pub enum WorkerError {
+    /// Reading the log failed.
+    #[error("the projector can't read the log: {0}")]
+    Read(#[from] ReadError),
+    /// The store is damaged, or failed for longer than the projector waits.
+    #[error("the projector can't use the store: {0}")]
+    Store(#[from] StoreError),
+    /// A follow-up event could not be appended.
+    #[error("the projector can't append to the log: {0}")]
+    Append(#[from] AppendError),
+    /// A record is not an event.
+    #[error("record {offset:?} of {topic} partition {partition:?}: {source}")]
+    Decode {
+        /// Where.
+        topic: &'static str,
+        /// Where.
+        partition: Partition,
+        /// Where.
+        offset: Offset,
+        /// Why.
+        source: event::DecodeError,
+    },
+}
+
+/// How the worker paces its writes.
+#[derive(Debug, Clone, Copy)]
+pub struct Pace {
+    /// How long an envelope of an attached device may be in memory only.
+    pub window: Duration,
+    /// How soon items of devices without a stream are readable by polls, and receipts leave.
+    pub soon: Duration,
+    /// How often expired envelopes are looked for.
+    pub expiry: Duration,
+}
+
+impl Default for Pace {
+    fn default() -> Self {
+        Self {
+            window: Duration::from_millis(limits::WINDOW_MS),
+            soon: Duration::from_millis(limits::RECEIPT_DELAY_MS),
+            expiry: Duration::from_secs(3600),
+        }
+    }
+}
+
+/// What the worker works with.
+#[derive(Clone)]
+pub struct Parts {
+    /// The log.
+    pub log: Arc<dyn EventLog>,
+    /// Where pending items go.
+    pub delivery: Arc<dyn DeliveryStore>,
+    /// Where accounts go.
+    pub directory: Arc<dyn DirectoryStore>,
+    /// What goes with a deleted account.
+    pub keys: Arc<dyn KeyStore>,
+    /// The way to the edges.
+    pub bus: Arc<dyn PushBus>,
+    /// For expiry.
+    pub clock: Arc<dyn Clock>,
+}
+
+/// How far a worker is; for readiness and metrics.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// Partitions were assigned, and what was on the log at that time has been applied.
+    pub caught_up: bool,
+    /// Records applied so far.
+    pub applied: u64,
+}
+
+struct Owned {
+    next: Offset,
+    /// Where the log ended when the partition was assigned.
+    end_at_start: Offset,
+}
+
+/// One projector. Owns the partitions that its consumer is assigned.
+pub struct Worker {
+    parts: Parts,
+    pace: Pace,
+    projection: Projection,
+    owned: BTreeMap<TopicPartition, Owned>,
+    moved: bool,
+    window_ends: Option<Instant>,
+    soon_at: Option<Instant>,
+    progress: watch::Sender<Progress>,
+}
+
+impl Worker {
+    /// A worker that owns nothing yet.
+    pub fn new(parts: Parts, pace: Pace) -> (Self, watch::Receiver<Progress>) {
+        let (progress, receiver) = watch::channel(Progress::default());
+        let worker = Self {
+            parts,
+            pace,
+            projection: Projection::default(),
+            owned: BTreeMap::new(),
+            moved: false,
+            window_ends: None,
+            soon_at: None,
+            progress,
+        };
+        (worker, receiver)
+    }
+
+    /// Works until `stop` turns true, then flushes. Returns early only with an error.
+    pub async fn run(mut self, mut stop: watch::Receiver<bool>) -> Result<(), WorkerError> {
+        let mut consumer = self.parts.log.consumer(GROUP, &[Topic::Directory, Topic::Inbox]).await?;
+        let mut expire_at = Instant::now() + self.pace.expiry.min(Duration::from_secs(60));
+        loop {
+            let due = [self.window_ends, self.soon_at].into_iter().flatten().min().unwrap_or(expire_at).min(expire_at);
+            tokio::select! {
+                biased;
+                _ = stop.wait_for(|stop| *stop) => break,
+                () = tokio::time::sleep_until(due) => {}
+                consumed = consumer.next() => self.consumed(consumed?, consumer.as_mut()).await?,
+            }
+            let now = Instant::now();
+            if self.soon_at.is_some_and(|at| at <= now) {
+                self.soon().await?;
+            }
+            if self.window_ends.is_some_and(|at| at <= now) || self.projection.fresh_bytes() > limits::WINDOW_BYTES {
+                self.flush(consumer.as_mut()).await?;
+            }
+            if expire_at <= now {
+                expire_at = now + self.pace.expiry;
+                self.expire().await?;
+            }
+        }
+        self.flush(consumer.as_mut()).await
+    }
+
+    /// Applies everything that is on the log now, flushes and returns how many records that were. For `sealpost rebuild`.
+    pub async fn catch_up(mut self, on_progress: impl Fn(u64)) -> Result<u64, WorkerError> {
+        let mut consumer = self.parts.log.consumer(GROUP, &[Topic::Directory, Topic::Inbox]).await?;
+        while !self.progress.borrow().caught_up {
+            self.consumed(consumer.next().await?, consumer.as_mut()).await?;
+            if self.projection.fresh_bytes() > limits::WINDOW_BYTES / 4 {
+                self.flush(consumer.as_mut()).await?;
+            }
+            on_progress(self.progress.borrow().applied);
+        }
+        self.flush(consumer.as_mut()).await?;
+        let applied = self.progress.borrow().applied;
+        Ok(applied)
+    }
+
+    async fn consumed(&mut self, consumed: Consumed, consumer: &mut dyn Consumer) -> Result<(), WorkerError> {
+        match consumed {
+            Consumed::Assigned(partitions) => {
+                for tp in partitions {
+                    let next = match tp.topic {
+                        Topic::Directory => self.parts.directory.directory_position(tp.partition).await?,
+                        _ => self.parts.delivery.position(tp.partition).await?,
+                    };
+                    let (earliest, end) = self.parts.log.bounds(tp).await?;
+                    if next < earliest && next > Offset(0) {
+                        tracing::error!(topic = tp.topic.name(), "records were removed before the projector applied them; affected devices will miss envelopes");
+                    }
+                    let next = next.max(earliest);
+                    consumer.seek(tp, next).await?;
+                    self.owned.insert(tp, Owned { next, end_at_start: end });
+                }
+            }
+            Consumed::Revoked(partitions) => {
+                self.flush(consumer).await?;
+                for tp in partitions {
+                    self.owned.remove(&tp);
+                    if tp.topic == Topic::Inbox {
+                        self.projection.forget(tp.partition, self.parts.log.partitions(Topic::Inbox));
+                    }
+                }
+            }
+            Consumed::Records(batches) => {
+                let started = std::time::Instant::now();
+                let mut records = 0;
+                for (tp, batch) in batches {
+                    records += batch.len() as u64;
+                    match tp.topic {
+                        Topic::Directory => self.directory(tp, &batch).await?,
+                        _ => self.inbox(tp, &batch).await?,
+                    }
+                    if let (Some(last), Some(owned)) = (batch.last(), self.owned.get_mut(&tp)) {
+                        owned.next = last.offset.next();
+                    }
+                }
+                self.moved = true;
+                self.send_pushes();
+                self.arm();
+                metrics::observe_apply(records, started.elapsed());
+                self.progress.send_modify(|progress| progress.applied += records);
+            }
+        }
+        self.note_progress();
+        Ok(())
+    }
+
+    fn note_progress(&self) {
+        let caught_up = !self.owned.is_empty() && self.owned.values().all(|owned| owned.next >= owned.end_at_start);
+        self.progress.send_if_modified(|progress| std::mem::replace(&mut progress.caught_up, caught_up) != caught_up);
+    }
+
+    fn arm(&mut self) {
+        let now = Instant::now();
+        self.window_ends.get_or_insert(now + self.pace.window);
+        if self.projection.has_waiting() || self.projection.has_receipts() {
+            self.soon_at.get_or_insert(now + self.pace.soon);
+        }
+    }
+
+    async fn inbox(&mut self, tp: TopicPartition, batch: &[Record]) -> Result<(), WorkerError> {
+        let mut events = Vec::with_capacity(batch.len());
+        let mut needs = Needs::default();
+        for record in batch {
+            let event: InboxEvent<'_> = event::decode(&record.payload).map_err(|source| undecodable(tp, record, source))?;
+            self.projection.needs(&event, &mut needs);
+            events.push((record, event));
+        }
+        if !needs.is_empty() {
+            self.load(needs).await?;
+        }
+        for (record, event) in events {
+            let at = Seq::at(Generation(0), record.offset);
+            if let Some(step) = self.projection.apply(at, event, &record.payload) {
+                self.step(step).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn load(&mut self, needs: Needs) -> Result<(), WorkerError> {
+        if !needs.inboxes.is_empty() {
+            let devices: Vec<DeviceAddr> = needs.inboxes.into_iter().collect();
+            let states = retry(|| self.parts.delivery.inboxes(devices.clone())).await?;
+            for (device, state) in devices.into_iter().zip(states) {
+                self.projection.load_inbox(device, state);
+            }
+        }
+        if !needs.marks.is_empty() {
+            let keys: Vec<MarkKey> = needs.marks.into_iter().collect();
+            let marks = retry(|| self.parts.delivery.marks(keys.clone())).await?;
+            for (key, mark) in keys.into_iter().zip(marks) {
+                self.projection.load_mark(key, mark);
+            }
+        }
+        Ok(())
+    }
+
+    async fn step(&mut self, step: Step) -> Result<(), WorkerError> {
+        match step {
+            Step::SettleStored { device, after, to, kind } => self.settle_stored(device, after, to, kind).await,
+            Step::Attach { device, edge, attach, at } => {
+                let mut write = DeliveryWrite::default();
+                self.projection.take_fresh(device, &mut write);
+                if !write.put.is_empty() {
+                    self.write(write).await?;
+                }
+                let inbox = self.projection.inbox(&device).map(|inbox| inbox.state).unwrap_or_default();
+                self.projection.pushes.push((edge, Push::Attached { device, attach, at, inbox }));
+                Ok(())
+            }
+        }
+    }
+
+    async fn settle_stored(&mut self, device: DeviceAddr, after: Seq, to: Seq, kind: ReceiptKind) -> Result<(), WorkerError> {
+        let mut from = after;
+        loop {
+            let delivery = &self.parts.delivery;
+            let page = retry(|| delivery.pending(device, from, to, limits::INBOX_PAGE_ITEMS * 4, limits::INBOX_PAGE_BYTES)).await?;
+            let Some(last) = page.last() else { break };
+            from = last.seq;
+            self.projection.settle_stored(device, to, kind, &page);
+        }
+        Ok(())
+    }
+
+    async fn directory(&mut self, tp: TopicPartition, batch: &[Record]) -> Result<(), WorkerError> {
+        for record in batch {
+            let command = event::decode_owned(&record.payload).map_err(|source| undecodable(tp, record, source))?;
+            let parts = &self.parts;
+            let position = (tp.partition, record.offset.next());
+            let applied = retry(|| directory::apply_record(parts.directory.as_ref(), parts.keys.as_ref(), &command, position)).await?;
+            for event in applied.inbox_events() {
+                let account = applied.account;
+                let inbox = TopicPartition { topic: Topic::Inbox, partition: Partition::of(&account, self.parts.log.partitions(Topic::Inbox)) };
+                self.append(inbox, event::encode(&event)).await?;
+            }
+            self.projection.broadcasts.push(Push::AccountChanged { account: applied.account });
+            if let Some(request) = applied.reply_to {
+                self.projection.pushes.push((request.edge, Push::Verdict { request, verdict: applied.verdict }));
+            }
+        }
+        Ok(())
+    }
+
+    fn send_pushes(&mut self) {
+        for push in self.projection.broadcasts.drain(..) {
+            self.parts.bus.broadcast(push);
+        }
+        if self.projection.pushes.is_empty() {
+            return;
+        }
+        let mut by_edge: HashMap<EdgeId, Vec<Push>> = HashMap::with_capacity(1);
+        for (edge, push) in self.projection.pushes.drain(..) {
+            by_edge.entry(edge).or_default().push(push);
+        }
+        for (edge, batch) in by_edge {
+            metrics::observe_push(batch.len());
+            self.parts.bus.push(edge, batch);
+        }
+    }
+
+    /// What should not wait for the window: receipts, and items that polls look for.
+    async fn soon(&mut self) -> Result<(), WorkerError> {
+        self.soon_at = None;
+        let mut write = DeliveryWrite::default();
+        let waiting = self.projection.take_waiting(&mut write);
+        if !write.put.is_empty() {
+            self.write(write).await?;
+        }
+        for device in waiting {
+            self.parts.bus.broadcast(Push::Waiting { device });
+        }
+        self.send_receipts().await
+    }
+
+    /// Appends the receipts that are due and waits for the log: a position that covers acknowledgements is only
+    /// written behind the receipts they caused, so that a crash tells senders twice rather than never.
+    async fn send_receipts(&mut self) -> Result<(), WorkerError> {
+        let due = self.projection.take_receipts();
+        let partitions = self.parts.log.partitions(Topic::Inbox);
+        let mut waits = Vec::new();
+        for (sender, entries) in due {
+            for chunk in entries.chunks(limits::RECEIPT_ENTRIES) {
+                let payload = event::encode(&InboxEvent::Receipts { device: sender, entries: chunk.to_vec() });
+                let to = TopicPartition { topic: Topic::Inbox, partition: Partition::of(&sender.account, partitions) };
+                waits.push(self.append(to, payload));
+            }
+        }
+        futures_util::future::try_join_all(waits).await?;
+        Ok(())
+    }
+
+    /// Ends the coalescing window: receipts out, then everything that changed with its position, atomically.
+    async fn flush(&mut self, consumer: &mut dyn Consumer) -> Result<(), WorkerError> {
+        self.window_ends = None;
+        self.send_receipts().await?;
+        let mut write = DeliveryWrite::default();
+        self.projection.flush(&mut write);
+        self.send_pushes();
+        if std::mem::take(&mut self.moved) {
+            write.positions = self.owned.iter().filter(|(tp, _)| tp.topic == Topic::Inbox).map(|(tp, owned)| (tp.partition, owned.next)).collect();
+            let started = std::time::Instant::now();
+            metrics::observe_window(write.put.len());
+            self.write(write).await?;
+            metrics::observe_store_write(started.elapsed());
+            for (tp, owned) in &self.owned {
+                consumer.commit(*tp, owned.next).await?;
+            }
+            self.projection.trim();
+        }
+        Ok(())
+    }
+
+    /// Looks for envelopes past their time, and says so on the log: the view changes only by events.
+    async fn expire(&self) -> Result<(), WorkerError> {
+        let before = crate::clock::UnixMillis(self.parts.clock.now().0.saturating_sub(limits::ENVELOPE_TTL_MS));
+        let partitions = self.parts.log.partitions(Topic::Inbox);
+        let mut after = None;
+        loop {
+            let delivery = &self.parts.delivery;
+            let page = retry(|| delivery.expired(before, after, 256)).await?;
+            let Some((last, _)) = page.last() else { return Ok(()) };
+            after = Some(*last);
+            for (device, to) in page {
+                let tp = TopicPartition { topic: Topic::Inbox, partition: Partition::of(&device.account, partitions) };
+                if self.owned.contains_key(&tp) {
+                    metrics::observe_expired();
+                    self.append(tp, event::encode(&InboxEvent::Expired { device, to })).await?;
+                }
+            }
+        }
+    }
+
+    async fn write(&self, write: DeliveryWrite) -> Result<(), StoreError> {
+        retry(|| self.parts.delivery.write(write.clone())).await
+    }
+
+    async fn append(&self, to: TopicPartition, payload: Bytes) -> Result<(), AppendError> {
+        loop {
+            match self.parts.log.append(to, payload.clone()).await {
+                Err(AppendError::Full | AppendError::Unavailable(_)) => tokio::time::sleep(Duration::from_millis(20)).await,
+                other => return other.map(|_| ()),
+            }
+        }
+    }
+}
+
+fn undecodable(tp: TopicPartition, record: &Record, source: event::DecodeError) -> WorkerError {
+    WorkerError::Decode { topic: tp.topic.name(), partition: tp.partition, offset: record.offset, source }
+}
+
+/// Tries a store call until it works: a store that is slow or away slows the projector down, and loses nothing.
+async fn retry<T, F: Future<Output = Result<T, StoreError>>>(mut call: impl FnMut() -> F) -> Result<T, StoreError> {
+    let mut pause = Duration::from_millis(10);
+    loop {
+        match call().await {
+            Err(StoreError::Unavailable(reason)) => {
+                tracing::warn!(%reason, "the store does not answer; the projector waits and tries again");
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(Duration::from_secs(2));
+            }
+            other => return other,
+        }
+    }
+}

@@ -114,20 +114,21 @@ pub struct Mark {
     pub seen: u128,
 }
 
-/// What one flush of a coalescing window changes; written atomically with the position it covers.
+/// What one flush of a coalescing window changes; written atomically with the position it covers. Applied in this order:
+/// `remove_accounts`, `inboxes` that are `None`, `drop_to`, `put`, and the rest.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct DeliveryWrite {
     /// New positions: the next record of `inbox` to apply for each partition.
     pub positions: Vec<(Partition, Offset)>,
     /// Items to add, in seq order for each device.
     pub put: Vec<(DeviceAddr, PendingItem)>,
-    /// Items to drop: all of the device up to and including the seq. Applied before `put`.
+    /// Items to drop: all of the device up to and including the seq.
     pub drop_to: Vec<(DeviceAddr, Seq)>,
     /// Inboxes as they are now; `None`: gone, with all its items.
     pub inboxes: Vec<(DeviceAddr, Option<InboxState>)>,
     /// Marks as they are now.
     pub marks: Vec<(MarkKey, Mark)>,
-    /// Accounts whose inboxes, items and marks (as recipient) go. Applied before everything else.
+    /// Accounts whose inboxes, items and marks (as recipient) go.
     pub remove_accounts: Vec<AccountId>,
 }
 

@@ -57,6 +57,16 @@ pub fn decode<'a, E: BorrowDecode<'a, ()>>(bytes: &'a [u8]) -> Result<E, DecodeE
     if used == rest.len() { Ok(event) } else { Err(DecodeError::Trailing(rest.len() - used)) }
 }
 
+/// An event that owns all it has.
+pub fn decode_owned<E: Decode<()>>(bytes: &[u8]) -> Result<E, DecodeError> {
+    let (&version, rest) = bytes.split_first().ok_or(DecodeError::Empty)?;
+    if version != VERSION {
+        return Err(DecodeError::Version(version));
+    }
+    let (event, used) = bincode::decode_from_slice(rest, CONFIG)?;
+    if used == rest.len() { Ok(event) } else { Err(DecodeError::Trailing(rest.len() - used)) }
+}
+
 /// Topic `inbox`, keyed by the recipient account.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, BorrowDecode)]
 pub enum InboxEvent<'a> {
