@@ -4,7 +4,7 @@
 //! AES-256-GCM (NIST SP 800-38D) with a random 96-bit nonce: nonce (12 bytes), ciphertext, tag (16 bytes). The
 //! associated data binds the ciphertext to its recipient device, sender and client message id.
 
-use bytes::Bytes;
+use bytes::BytesMut;
 use ring::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
 use zeroize::Zeroizing;
 
@@ -86,32 +86,41 @@ impl Sealer {
         Self(LessSafeKey::new(UnboundKey::new(&AES_256_GCM, key.expose()).expect("the key has the algorithm's length")))
     }
 
-    /// Seals a content.
-    pub fn seal(&self, context: &Context, content: &[u8], random: &dyn Random) -> Vec<u8> {
+    /// Seals a content, appending nonce, ciphertext and tag to `out`.
+    pub fn seal(&self, context: &Context, content: &[u8], random: &dyn Random, out: &mut Vec<u8>) {
         let mut nonce = [0; 12];
         random.fill(&mut nonce);
-        let mut out = Vec::with_capacity(content.len() + OVERHEAD);
+        out.reserve(content.len() + OVERHEAD);
         out.extend_from_slice(&nonce);
+        let start = out.len();
         out.extend_from_slice(content);
         let tag = self
             .0
-            .seal_in_place_separate_tag(Nonce::assume_unique_for_key(nonce), Aad::from(context.aad()), &mut out[12..])
+            .seal_in_place_separate_tag(Nonce::assume_unique_for_key(nonce), Aad::from(context.aad()), &mut out[start..])
             .expect("contents are far below the algorithm's limit");
         out.extend_from_slice(tag.as_ref());
-        out
     }
 
-    /// Opens a sealed content.
-    pub fn open(&self, context: &Context, sealed: &[u8]) -> Result<Bytes, Unsealable> {
+    /// Opens a sealed content, appending it to `out`; leaves `out` as it was if it does not open.
+    pub fn open(&self, context: &Context, sealed: &[u8], out: &mut BytesMut) -> Result<(), Unsealable> {
         if sealed.len() < OVERHEAD {
             return Err(Unsealable);
         }
         let (nonce, body) = sealed.split_at(12);
         let nonce = Nonce::try_assume_unique_for_key(nonce).map_err(|_| Unsealable)?;
-        let mut buffer = body.to_vec();
-        let len = self.0.open_in_place(nonce, Aad::from(context.aad()), &mut buffer).map_err(|_| Unsealable)?.len();
-        buffer.truncate(len);
-        Ok(buffer.into())
+        let start = out.len();
+        out.extend_from_slice(body);
+        match self.0.open_in_place(nonce, Aad::from(context.aad()), &mut out[start..]) {
+            Ok(content) => {
+                let len = content.len();
+                out.truncate(start + len);
+                Ok(())
+            }
+            Err(_) => {
+                out.truncate(start);
+                Err(Unsealable)
+            }
+        }
     }
 }
 
@@ -130,16 +139,20 @@ mod tests {
     fn opens_only_with_its_key_its_context_and_unchanged() {
         let random = SeededRandom::new(1);
         let (key, other) = (Sealer::new(&SealKey::random(&random)), Sealer::new(&SealKey::random(&random)));
-        let sealed = key.seal(&context(1), b"ciphertext", &random);
+        let mut sealed = Vec::new();
+        key.seal(&context(1), b"ciphertext", &random, &mut sealed);
         assert_eq!(sealed.len(), 10 + OVERHEAD);
-        assert_eq!(key.open(&context(1), &sealed).expect("opens"), &b"ciphertext"[..]);
-        assert_eq!(other.open(&context(1), &sealed), Err(Unsealable));
-        assert_eq!(key.open(&context(2), &sealed), Err(Unsealable));
+        let mut out = BytesMut::from("before ");
+        key.open(&context(1), &sealed, &mut out).expect("opens");
+        assert_eq!(out, &b"before ciphertext"[..]);
+        assert_eq!(other.open(&context(1), &sealed, &mut out), Err(Unsealable));
+        assert_eq!(key.open(&context(2), &sealed, &mut out), Err(Unsealable));
         for i in 0..sealed.len() {
             let mut bent = sealed.clone();
             bent[i] ^= 1;
-            assert_eq!(key.open(&context(1), &bent), Err(Unsealable));
-            assert_eq!(key.open(&context(1), &sealed[..i]), Err(Unsealable));
+            assert_eq!(key.open(&context(1), &bent, &mut out), Err(Unsealable));
+            assert_eq!(key.open(&context(1), &sealed[..i], &mut out), Err(Unsealable));
         }
+        assert_eq!(out, &b"before ciphertext"[..], "a failure leaves the buffer as it was");
     }
 }

@@ -159,6 +159,31 @@ pub struct SealedEnvelope<'a> {
     pub sealed: &'a [u8],
 }
 
+/// Writes an `EnvelopesAccepted` event without a copy of its contents: each is appended in place by the caller's
+/// function. The bytes are those of [`encode`]; a test holds them together.
+pub fn encode_accepted<T>(
+    head: &EnvelopesAccepted<'_>,
+    envelopes: &[T],
+    sealed_len: impl Fn(&T) -> usize,
+    envelope: impl Fn(&T) -> (DeviceId, u8),
+    mut seal: impl FnMut(&T, &mut Vec<u8>),
+) -> Bytes {
+    let contents: usize = envelopes.iter().map(|e| sealed_len(e) + 12).sum();
+    let mut out = Vec::with_capacity(96 + contents);
+    out.push(VERSION);
+    let fields = (0u32, head.recipient, head.sender, head.client_message_id, head.accepted, head.flags, envelopes.len() as u64);
+    bincode::encode_into_std_write(fields, &mut out, CONFIG).expect("encoding into memory can't fail");
+    for item in envelopes {
+        let (device, kind) = envelope(item);
+        let len = sealed_len(item);
+        bincode::encode_into_std_write((device, kind, len as u64), &mut out, CONFIG).expect("encoding into memory can't fail");
+        let start = out.len();
+        seal(item, &mut out);
+        assert_eq!(out.len() - start, len, "the length stands before the content");
+    }
+    out.into()
+}
+
 /// What became of messages for one device.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub struct ReceiptEntry {
@@ -327,4 +352,86 @@ pub struct DeviceRecord {
 /// Cuts the slice of `whole` that `part` borrows from it, without a copy.
 pub fn share(whole: &Bytes, part: &[u8]) -> Bytes {
     whole.slice_ref(part)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn addr(account: u8, device: u32) -> DeviceAddr {
+        DeviceAddr { account: AccountId::from_bytes([account; 16]), device: DeviceId::new(device).expect("valid") }
+    }
+
+    fn accepted<'a>(contents: &'a [&'a [u8]]) -> EnvelopesAccepted<'a> {
+        EnvelopesAccepted {
+            recipient: addr(1, 1).account,
+            sender: addr(2, 3),
+            client_message_id: ClientMessageId(300),
+            accepted: UnixMillis(1_700_000_000_000),
+            flags: flags::URGENT,
+            envelopes: contents
+                .iter()
+                .zip(1..)
+                .map(|(sealed, n)| SealedEnvelope { device: addr(1, n).device, kind: 2, sealed })
+                .collect(),
+        }
+    }
+
+    #[test]
+    fn writing_in_place_gives_the_same_bytes() {
+        let long = vec![9u8; 70_000];
+        let contents: [&[u8]; 3] = [b"", b"abc", &long];
+        let whole = accepted(&contents);
+        let head = EnvelopesAccepted { envelopes: Vec::new(), ..whole.clone() };
+        let in_place =
+            encode_accepted(&head, &whole.envelopes, |e| e.sealed.len(), |e| (e.device, e.kind), |e, out| out.extend_from_slice(e.sealed));
+        assert_eq!(in_place, encode(&InboxEvent::EnvelopesAccepted(whole)));
+    }
+
+    /// Golden vectors: what an older binary wrote must stay readable.
+    #[test]
+    fn bytes_of_events_are_stable() {
+        let event = InboxEvent::EnvelopesAccepted(accepted(&[b"xy"]));
+        let mut golden = vec![VERSION, 0];
+        golden.extend([1; 16]);
+        golden.extend([2; 16]);
+        golden.extend([3, 251, 44, 1, 253, 0, 104, 229, 207, 139, 1, 0, 0, 1, 1, 1, 2, 2, b'x', b'y']);
+        assert_eq!(encode(&event), golden);
+        let acked = InboxEvent::Acked { device: addr(1, 2), cursor: Seq(7) };
+        let mut golden = vec![VERSION, 1];
+        golden.extend([1; 16]);
+        golden.extend([2, 7]);
+        assert_eq!(encode(&acked), golden);
+    }
+
+    #[test]
+    fn other_versions_and_rests_are_refused() {
+        let bytes = encode(&InboxEvent::Acked { device: addr(1, 2), cursor: Seq(7) });
+        let mut newer = bytes.to_vec();
+        newer[0] = 9;
+        assert!(matches!(decode::<InboxEvent<'_>>(&newer), Err(DecodeError::Version(9))));
+        let mut longer = bytes.to_vec();
+        longer.push(0);
+        assert!(matches!(decode::<InboxEvent<'_>>(&longer), Err(DecodeError::Trailing(1))));
+        assert!(matches!(decode::<InboxEvent<'_>>(&[]), Err(DecodeError::Empty)));
+        assert!(decode::<InboxEvent<'_>>(&bytes[..bytes.len() - 1]).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn arbitrary_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..400)) {
+            let _ = decode::<InboxEvent<'_>>(&bytes);
+            let _ = decode_owned::<DirectoryCommand>(&bytes);
+        }
+
+        #[test]
+        fn events_survive_the_round_trip(id in 1u64.., at in any::<u64>(), flags in 0u8..4, contents in proptest::collection::vec(proptest::collection::vec(any::<u8>(), 0..300), 0..10)) {
+            let slices: Vec<&[u8]> = contents.iter().map(Vec::as_slice).collect();
+            let event = InboxEvent::EnvelopesAccepted(EnvelopesAccepted { client_message_id: ClientMessageId(id), accepted: UnixMillis(at), flags, ..accepted(&slices) });
+            let bytes = encode(&event);
+            prop_assert_eq!(decode::<InboxEvent<'_>>(&bytes).expect("decodes"), event);
+        }
+    }
 }
