@@ -76,3 +76,20 @@ pub const INBOX_PAGE_ITEMS: usize = 500;
 pub const INBOX_PAGE_BYTES: usize = 4 * 1024 * 1024;
 /// Longest long-poll of the HTTP inbox, in seconds.
 pub const LONG_POLL_S: u64 = 60;
+
+/// One realm token (JWT), in bytes: identity providers' are 1 to 2 KiB.
+pub const REALM_TOKEN_BYTES: usize = 8 * 1024;
+/// A realm's published key set, in bytes.
+pub const JWKS_BYTES: usize = 256 * 1024;
+/// Keys used of a realm's key set: rotation needs two or three.
+pub const JWKS_KEYS: usize = 64;
+/// Clock skew between a realm and us, in milliseconds.
+pub const TOKEN_LEEWAY_MS: u64 = 60_000;
+/// At least this long between two fetches of a realm's keys that an unknown key id asks for.
+pub const JWKS_REFRESH_MIN_MS: u64 = 10_000;
+/// A realm's keys are fetched this often in the background.
+pub const JWKS_REFRESH_MS: u64 = 5 * 60_000;
+/// Keys of a realm whose URL fails are trusted this long.
+pub const JWKS_STALE_MAX_MS: u64 = 24 * 3_600_000;
+/// Devices or addresses that a rate limiter tells apart; past that, idle ones are forgotten, then newcomers share one.
+pub const RATE_KEYS: usize = 200_000;

@@ -1,1 +1,392 @@
-//! (under construction)
+//! What is measured: every name, every label, and the one function that records it.
+//!
+//! Names are `sealpost_<area>_<what>_<unit>`; labels come from closed enums; no ids, ever. Handles are made once, so that
+//! recording costs an atomic addition. Until [`install`] was called nothing is recorded.
+
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use metrics::{Counter, Gauge, Histogram, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+use tokio_util::sync::CancellationToken;
+
+use crate::wire::stream::{CloseReason, Code};
+
+/// Why a connection was not served.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refusal {
+    /// The cap on all connections.
+    Full,
+    /// The cap on one address's connections.
+    PerIp,
+    /// The TLS handshake failed or took too long.
+    Tls,
+}
+
+/// Which proof failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Proof {
+    /// A device credential.
+    Device,
+    /// A realm token.
+    Realm,
+}
+
+/// Which rate limit was hit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RateScope {
+    /// Requests of one address.
+    Ip,
+    /// Requests of one device.
+    Device,
+    /// Messages of one device.
+    Messages,
+    /// Registrations of one address.
+    Registrations,
+    /// Failed authentications of one address.
+    AuthFailures,
+    /// Key fetches of one device.
+    KeyFetches,
+}
+
+/// Which one-time prekey.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Prekey {
+    /// X25519.
+    Ec,
+    /// Kyber-1024.
+    Pq,
+}
+
+/// What a fetch got of a pool of one-time prekeys.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PrekeyOutcome {
+    /// One, which is gone now.
+    Handed,
+    /// None: the pool is empty.
+    Exhausted,
+    /// None: the pool is protected against draining.
+    Protected,
+}
+
+macro_rules! labels {
+    ($name:ident: $($variant:ident = $text:literal),+ $(,)?) => {
+        impl $name {
+            const ALL: &'static [(Self, &'static str)] = &[$((Self::$variant, $text)),+];
+        }
+    };
+}
+labels!(Refusal: Full = "full", PerIp = "per_ip", Tls = "tls");
+labels!(Proof: Device = "device", Realm = "realm");
+labels!(RateScope: Ip = "ip", Device = "device", Messages = "messages", Registrations = "registrations", AuthFailures = "auth_failures", KeyFetches = "key_fetches");
+labels!(Prekey: Ec = "ec", Pq = "pq");
+labels!(PrekeyOutcome: Handed = "handed", Exhausted = "exhausted", Protected = "protected");
+
+/// One counter for each value of a label, at the index of the value.
+fn family(name: &'static str, label: &'static str, values: impl Iterator<Item = &'static str>) -> Vec<Counter> {
+    values.map(|value| counter!(name, label => value)).collect()
+}
+
+struct Handles {
+    http_requests: Vec<Counter>,
+    http_request: Histogram,
+    connections: Gauge,
+    connections_refused: Vec<Counter>,
+    auth_failures: Vec<Counter>,
+    rate_limited: Vec<Counter>,
+    sends: Vec<Counter>,
+    streams: Gauge,
+    streams_closed: Vec<Counter>,
+    pushed: Counter,
+    acked: Counter,
+    bundles: Counter,
+    one_time: Vec<Counter>,
+    log_commit: Histogram,
+    log_records: Counter,
+    log_bytes: Counter,
+    log_failures: Counter,
+    applied: Counter,
+    lag: Gauge,
+    flush: Histogram,
+    flushed: Counter,
+    expired: Counter,
+}
+
+static HANDLES: OnceLock<Handles> = OnceLock::new();
+static EXPORTER: OnceLock<PrometheusHandle> = OnceLock::new();
+
+const STATUS_CLASSES: [&str; 5] = ["1xx", "2xx", "3xx", "4xx", "5xx"];
+const CODES: i32 = Code::Internal as i32 + 1;
+const CLOSE_REASONS: i32 = CloseReason::ServerFault as i32 + 1;
+/// Bounds of the time histograms, in seconds.
+const SECONDS: [f64; 14] = [0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0];
+
+impl Handles {
+    fn new() -> Self {
+        let code = |n| Code::try_from(n).map_or("", |code| code.as_str_name());
+        let reason = |n| CloseReason::try_from(n).map_or("", |reason| reason.as_str_name());
+        let pairs = Prekey::ALL.iter().flat_map(|(_, kind)| PrekeyOutcome::ALL.iter().map(move |(_, outcome)| (*kind, *outcome)));
+        Self {
+            http_requests: family("sealpost_http_requests_total", "status", STATUS_CLASSES.into_iter()),
+            http_request: histogram!("sealpost_http_request_seconds"),
+            connections: gauge!("sealpost_edge_connections"),
+            connections_refused: family("sealpost_edge_connections_refused_total", "reason", Refusal::ALL.iter().map(|v| v.1)),
+            auth_failures: family("sealpost_auth_failures_total", "proof", Proof::ALL.iter().map(|v| v.1)),
+            rate_limited: family("sealpost_edge_rate_limited_total", "scope", RateScope::ALL.iter().map(|v| v.1)),
+            sends: family("sealpost_send_results_total", "code", (0..CODES).map(code)),
+            streams: gauge!("sealpost_stream_open"),
+            streams_closed: family("sealpost_stream_closed_total", "reason", (0..CLOSE_REASONS).map(reason)),
+            pushed: counter!("sealpost_delivery_pushed_total"),
+            acked: counter!("sealpost_delivery_acks_total"),
+            bundles: counter!("sealpost_keys_bundles_total"),
+            one_time: pairs.map(|(kind, outcome)| counter!("sealpost_keys_one_time_total", "kind" => kind, "outcome" => outcome)).collect(),
+            log_commit: histogram!("sealpost_log_commit_seconds"),
+            log_records: counter!("sealpost_log_records_total"),
+            log_bytes: counter!("sealpost_log_written_bytes_total"),
+            log_failures: counter!("sealpost_log_failures_total"),
+            applied: counter!("sealpost_projector_records_total"),
+            lag: gauge!("sealpost_projector_lag_records"),
+            flush: histogram!("sealpost_projector_flush_seconds"),
+            flushed: counter!("sealpost_projector_stored_items_total"),
+            expired: counter!("sealpost_projector_expired_inboxes_total"),
+        }
+    }
+}
+
+fn describe() {
+    describe_counter!("sealpost_http_requests_total", "HTTP requests answered, by class of status");
+    describe_histogram!("sealpost_http_request_seconds", "From a request's head to its answer's head");
+    describe_gauge!("sealpost_edge_connections", "Open connections, streams included");
+    describe_counter!("sealpost_edge_connections_refused_total", "Connections that were not served");
+    describe_counter!("sealpost_auth_failures_total", "Credentials and tokens that were refused");
+    describe_counter!("sealpost_edge_rate_limited_total", "Requests and messages answered with 429");
+    describe_counter!("sealpost_send_results_total", "Answers to Send, by HTTP and stream");
+    describe_gauge!("sealpost_stream_open", "Open device streams");
+    describe_counter!("sealpost_stream_closed_total", "Device streams that ended");
+    describe_counter!("sealpost_delivery_pushed_total", "Envelopes and receipts written to streams");
+    describe_counter!("sealpost_delivery_acks_total", "Acknowledgements taken");
+    describe_counter!("sealpost_keys_bundles_total", "Key bundles handed out");
+    describe_counter!("sealpost_keys_one_time_total", "What bundle fetches got of the pools of one-time prekeys");
+    describe_histogram!("sealpost_log_commit_seconds", "One group commit of the log, from first write to synced");
+    describe_counter!("sealpost_log_records_total", "Records made durable");
+    describe_counter!("sealpost_log_written_bytes_total", "Bytes made durable");
+    describe_counter!("sealpost_log_failures_total", "Writes and syncs that failed");
+    describe_counter!("sealpost_projector_records_total", "Records applied");
+    describe_gauge!("sealpost_projector_lag_records", "Records that are durable and not applied yet");
+    describe_histogram!("sealpost_projector_flush_seconds", "One write of a coalescing window to the store");
+    describe_counter!("sealpost_projector_stored_items_total", "Pending items that outlived their window and were stored");
+    describe_counter!("sealpost_projector_expired_inboxes_total", "Inboxes of which something expired");
+}
+
+/// Makes the process's recorder, once; later calls get the same one.
+pub fn install() -> PrometheusHandle {
+    let exporter = EXPORTER.get_or_init(|| {
+        let builder = PrometheusBuilder::new();
+        let builder =
+            builder.set_buckets_for_metric(Matcher::Suffix("_seconds".to_owned()), &SECONDS).unwrap_or_else(|_| PrometheusBuilder::new());
+        let recorder = builder.build_recorder();
+        let handle = recorder.handle();
+        // An error means that an application around us has a recorder already: then that one records.
+        let _ = metrics::set_global_recorder(recorder);
+        describe();
+        handle
+    });
+    HANDLES.get_or_init(Handles::new);
+    exporter.clone()
+}
+
+/// Folds recorded samples away now and then, so that histograms nobody scrapes do not grow; until cancelled.
+pub async fn upkeep(until: CancellationToken) {
+    let mut ticks = tokio::time::interval(Duration::from_secs(5));
+    loop {
+        tokio::select! {
+            () = until.cancelled() => return,
+            _ = ticks.tick() => {}
+        }
+        if let Some(exporter) = EXPORTER.get() {
+            exporter.run_upkeep();
+        }
+    }
+}
+
+/// Adds to the counter at an index; out of range is nothing.
+fn add(family: &[Counter], index: usize, count: u64) {
+    if let Some(counter) = family.get(index) {
+        counter.increment(count);
+    }
+}
+
+/// An HTTP request was answered.
+pub fn observe_request(status: u16, elapsed: Duration) {
+    if let Some(h) = HANDLES.get() {
+        add(&h.http_requests, usize::from(status / 100).wrapping_sub(1), 1);
+        h.http_request.record(elapsed.as_secs_f64());
+    }
+}
+
+/// A connection was taken.
+pub fn observe_connection_opened() {
+    if let Some(h) = HANDLES.get() {
+        h.connections.increment(1.0);
+    }
+}
+
+/// A connection ended.
+pub fn observe_connection_closed() {
+    if let Some(h) = HANDLES.get() {
+        h.connections.decrement(1.0);
+    }
+}
+
+/// A connection was not served.
+pub fn observe_connection_refused(why: Refusal) {
+    if let Some(h) = HANDLES.get() {
+        add(&h.connections_refused, why as usize, 1);
+    }
+}
+
+/// A credential or token was refused.
+pub fn observe_auth_failure(proof: Proof) {
+    if let Some(h) = HANDLES.get() {
+        add(&h.auth_failures, proof as usize, 1);
+    }
+}
+
+/// A rate limit was hit.
+pub fn observe_rate_limited(scope: RateScope) {
+    if let Some(h) = HANDLES.get() {
+        add(&h.rate_limited, scope as usize, 1);
+    }
+}
+
+/// So many `Send`s were answered with this code ([`Code::Ok`]: accepted).
+pub fn observe_sends(code: Code, count: u64) {
+    if let Some(h) = HANDLES.get() {
+        add(&h.sends, code as usize, count);
+    }
+}
+
+/// A device opened a stream.
+pub fn observe_stream_opened() {
+    if let Some(h) = HANDLES.get() {
+        h.streams.increment(1.0);
+    }
+}
+
+/// A stream ended; [`CloseReason::Unspecified`] if the client went away by itself.
+pub fn observe_stream_closed(reason: CloseReason) {
+    if let Some(h) = HANDLES.get() {
+        h.streams.decrement(1.0);
+        add(&h.streams_closed, reason as usize, 1);
+    }
+}
+
+/// So many items were written to streams.
+pub fn observe_pushed(count: u64) {
+    if let Some(h) = HANDLES.get() {
+        h.pushed.increment(count);
+    }
+}
+
+/// So many acknowledgements were taken.
+pub fn observe_acks(count: u64) {
+    if let Some(h) = HANDLES.get() {
+        h.acked.increment(count);
+    }
+}
+
+/// The bundles of so many devices were handed out.
+pub fn observe_bundles(count: u64) {
+    if let Some(h) = HANDLES.get() {
+        h.bundles.increment(count);
+    }
+}
+
+/// What a fetch got of a pool of one-time prekeys.
+pub fn observe_one_time(kind: Prekey, outcome: PrekeyOutcome) {
+    if let Some(h) = HANDLES.get() {
+        add(&h.one_time, kind as usize * PrekeyOutcome::ALL.len() + outcome as usize, 1);
+    }
+}
+
+/// The log made so many records durable in one commit.
+pub fn observe_log_commit(records: u64, bytes: u64, elapsed: Duration) {
+    if let Some(h) = HANDLES.get() {
+        h.log_records.increment(records);
+        h.log_bytes.increment(bytes);
+        h.log_commit.record(elapsed.as_secs_f64());
+    }
+}
+
+/// A write or sync of the log failed.
+pub fn observe_log_failure() {
+    if let Some(h) = HANDLES.get() {
+        h.log_failures.increment(1);
+    }
+}
+
+/// The projector applied so many records; this many are still ahead of it.
+pub fn observe_applied(records: u64, lag: u64) {
+    if let Some(h) = HANDLES.get() {
+        h.applied.increment(records);
+        h.lag.set(lag as f64);
+    }
+}
+
+/// A coalescing window was written to the store, with so many items that outlived it.
+pub fn observe_flush(items: u64, elapsed: Duration) {
+    if let Some(h) = HANDLES.get() {
+        h.flushed.increment(items);
+        h.flush.record(elapsed.as_secs_f64());
+    }
+}
+
+/// So many inboxes lost something to its age.
+pub fn observe_expired(inboxes: u64) {
+    if let Some(h) = HANDLES.get() {
+        h.expired.increment(inboxes);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn labels_stand_at_their_variants_index() {
+        assert!(Refusal::ALL.iter().enumerate().all(|(i, v)| v.0 as usize == i));
+        assert!(Proof::ALL.iter().enumerate().all(|(i, v)| v.0 as usize == i));
+        assert!(RateScope::ALL.iter().enumerate().all(|(i, v)| v.0 as usize == i));
+        assert!(Prekey::ALL.iter().enumerate().all(|(i, v)| v.0 as usize == i));
+        assert!(PrekeyOutcome::ALL.iter().enumerate().all(|(i, v)| v.0 as usize == i));
+    }
+
+    #[test]
+    fn what_is_observed_is_rendered_with_its_labels() {
+        let exporter = install();
+        observe_request(204, Duration::from_millis(3));
+        observe_sends(Code::DeviceMismatch, 2);
+        observe_one_time(Prekey::Pq, PrekeyOutcome::Protected);
+        observe_stream_opened();
+        observe_stream_closed(CloseReason::Replaced);
+        install().run_upkeep();
+        let text = exporter.render();
+        for line in [
+            "sealpost_http_requests_total{status=\"2xx\"} ",
+            "sealpost_http_request_seconds_bucket{le=\"0.005\"} ",
+            "sealpost_send_results_total{code=\"DEVICE_MISMATCH\"} ",
+            "sealpost_keys_one_time_total{kind=\"pq\",outcome=\"protected\"} ",
+            "sealpost_stream_closed_total{reason=\"REPLACED\"} ",
+            "# HELP sealpost_projector_lag_records",
+        ] {
+            assert!(text.contains(line), "{line} in {text}");
+        }
+        assert!(observe_nothing_out_of_range());
+    }
+
+    fn observe_nothing_out_of_range() -> bool {
+        observe_request(0, Duration::ZERO);
+        observe_request(999, Duration::ZERO);
+        true
+    }
+}
