@@ -1,1 +1,3 @@
-//! (under construction)
+//! The client SDK.
+
+pub mod core;
