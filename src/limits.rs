@@ -93,3 +93,26 @@ pub const JWKS_REFRESH_MS: u64 = 5 * 60_000;
 pub const JWKS_STALE_MAX_MS: u64 = 24 * 3_600_000;
 /// Devices or addresses that a rate limiter tells apart; past that, idle ones are forgotten, then newcomers share one.
 pub const RATE_KEYS: usize = 200_000;
+
+/// How often an edge looks at its streams: the grain of the three below.
+pub const HEARTBEAT_TICK_MS: u64 = 5_000;
+/// Ticks of silence after which a client is pinged; after twice as many the stream is closed.
+pub const HEARTBEAT_TICKS: u32 = 6;
+/// Ticks without an acknowledgement after which a stream whose feed is paused is closed.
+pub const STALLED_TICKS: u32 = 12;
+/// Ticks between clean-ups of rate limiters.
+pub const TIDY_TICKS: u32 = 12;
+/// How long a new stream waits for the projector to meet its attachment, in milliseconds.
+pub const ATTACH_MS: u64 = 15_000;
+/// Pairs (sending device, recipient account) whose highest message id an edge keeps at hand.
+pub const CACHED_MARKS: usize = 100_000;
+/// Items in one page of a stream's catch-up.
+pub const CATCH_UP_ITEMS: usize = 1_024;
+/// Bytes in one page of a stream's catch-up: a few server frames, so that pages and frames do not wait for each other.
+pub const CATCH_UP_BYTES: usize = 1024 * 1024;
+/// How long clients of a draining edge are told to wait, in milliseconds.
+pub const DRAIN_RETRY_MS: u32 = 500;
+/// A stream's read buffer: several ordinary envelopes a system call. Idle streams keep it, so it is small.
+pub const WS_READ_BUFFER_BYTES: usize = 4 * 1024;
+/// What a stream may buffer before it writes: one server frame.
+pub const WS_WRITE_BUFFER_BYTES: usize = SERVER_FRAME_TARGET_BYTES * 2;

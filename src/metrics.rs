@@ -99,6 +99,7 @@ struct Handles {
     streams_closed: Vec<Counter>,
     pushed: Counter,
     acked: Counter,
+    feed_cuts: Counter,
     bundles: Counter,
     one_time: Vec<Counter>,
     log_commit: Histogram,
@@ -138,6 +139,7 @@ impl Handles {
             streams_closed: family("sealpost_stream_closed_total", "reason", (0..CLOSE_REASONS).map(reason)),
             pushed: counter!("sealpost_delivery_pushed_total"),
             acked: counter!("sealpost_delivery_acks_total"),
+            feed_cuts: counter!("sealpost_delivery_feed_cuts_total"),
             bundles: counter!("sealpost_keys_bundles_total"),
             one_time: pairs.map(|(kind, outcome)| counter!("sealpost_keys_one_time_total", "kind" => kind, "outcome" => outcome)).collect(),
             log_commit: histogram!("sealpost_log_commit_seconds"),
@@ -164,6 +166,7 @@ fn describe() {
     describe_gauge!("sealpost_stream_open", "Open device streams");
     describe_counter!("sealpost_stream_closed_total", "Device streams that ended");
     describe_counter!("sealpost_delivery_pushed_total", "Envelopes and receipts written to streams");
+    describe_counter!("sealpost_delivery_feed_cuts_total", "Live feeds that were cut because the client did not keep up");
     describe_counter!("sealpost_delivery_acks_total", "Acknowledgements taken");
     describe_counter!("sealpost_keys_bundles_total", "Key bundles handed out");
     describe_counter!("sealpost_keys_one_time_total", "What bundle fetches got of the pools of one-time prekeys");
@@ -325,11 +328,24 @@ pub fn observe_log_failure() {
     }
 }
 
-/// The projector applied so many records; this many are still ahead of it.
-pub fn observe_applied(records: u64, lag: u64) {
+/// The projector applied so many records.
+pub fn observe_applied(records: u64) {
     if let Some(h) = HANDLES.get() {
         h.applied.increment(records);
-        h.lag.set(lag as f64);
+    }
+}
+
+/// So many records are durable and not applied yet.
+pub fn observe_lag(records: u64) {
+    if let Some(h) = HANDLES.get() {
+        h.lag.set(records as f64);
+    }
+}
+
+/// A stream's live feed was cut because its client did not keep up; it catches up from the store.
+pub fn observe_feed_cut() {
+    if let Some(h) = HANDLES.get() {
+        h.feed_cuts.increment(1);
     }
 }
 

@@ -92,8 +92,10 @@ impl Batch {
             (tag::URGENT, (envelope.flags & flags::URGENT != 0).into()),
             (tag::EPHEMERAL, ephemeral.into()),
         ];
-        let varints: usize = fields.iter().filter(|(_, value)| *value != 0).map(|(tag, value)| key_len(*tag) + encoded_len_varint(*value)).sum();
-        let body = varints + key_len(tag::SENDER_ACCOUNT) + 1 + 16 + key_len(tag::CONTENT) + encoded_len_varint(content_len as u64) + content_len;
+        let varints: usize =
+            fields.iter().filter(|(_, value)| *value != 0).map(|(tag, value)| key_len(*tag) + encoded_len_varint(*value)).sum();
+        let body =
+            varints + key_len(tag::SENDER_ACCOUNT) + 1 + 16 + key_len(tag::CONTENT) + encoded_len_varint(content_len as u64) + content_len;
         let frame = key_len(tag::ENVELOPE) + encoded_len_varint(body as u64) + body;
 
         let start = self.bytes.len();

@@ -2,3 +2,8 @@
 
 pub mod api;
 pub mod frames;
+pub mod hub;
+pub mod inbox;
+pub mod outbox;
+pub mod sending;
+pub mod session;

@@ -3,4 +3,4 @@
 pub mod apply;
 pub mod directory;
 pub mod push;
-// pub mod worker;
+pub mod worker;

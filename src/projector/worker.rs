@@ -186,7 +186,10 @@ impl Worker {
                     };
                     let (earliest, end) = self.parts.log.bounds(tp).await?;
                     if next < earliest && next > Offset(0) {
-                        tracing::error!(topic = tp.topic.name(), "records were removed before the projector applied them; affected devices will miss envelopes");
+                        tracing::error!(
+                            topic = tp.topic.name(),
+                            "records were removed before the projector applied them; affected devices will miss envelopes"
+                        );
                     }
                     let next = next.max(earliest);
                     consumer.seek(tp, next).await?;
@@ -203,7 +206,6 @@ impl Worker {
                 }
             }
             Consumed::Records(batches) => {
-                let started = std::time::Instant::now();
                 let mut records = 0;
                 for (tp, batch) in batches {
                     records += batch.len() as u64;
@@ -218,7 +220,7 @@ impl Worker {
                 self.moved = true;
                 self.send_pushes();
                 self.arm();
-                metrics::observe_apply(records, started.elapsed());
+                metrics::observe_applied(records);
                 self.progress.send_modify(|progress| progress.applied += records);
             }
         }
@@ -313,7 +315,8 @@ impl Worker {
             let applied = retry(|| directory::apply_record(parts.directory.as_ref(), parts.keys.as_ref(), &command, position)).await?;
             for event in applied.inbox_events() {
                 let account = applied.account;
-                let inbox = TopicPartition { topic: Topic::Inbox, partition: Partition::of(&account, self.parts.log.partitions(Topic::Inbox)) };
+                let inbox =
+                    TopicPartition { topic: Topic::Inbox, partition: Partition::of(&account, self.parts.log.partitions(Topic::Inbox)) };
                 self.append(inbox, event::encode(&event)).await?;
             }
             self.projection.broadcasts.push(Push::AccountChanged { account: applied.account });
@@ -336,7 +339,6 @@ impl Worker {
             by_edge.entry(edge).or_default().push(push);
         }
         for (edge, batch) in by_edge {
-            metrics::observe_push(batch.len());
             self.parts.bus.push(edge, batch);
         }
     }
@@ -380,11 +382,12 @@ impl Worker {
         self.projection.flush(&mut write);
         self.send_pushes();
         if std::mem::take(&mut self.moved) {
-            write.positions = self.owned.iter().filter(|(tp, _)| tp.topic == Topic::Inbox).map(|(tp, owned)| (tp.partition, owned.next)).collect();
+            write.positions =
+                self.owned.iter().filter(|(tp, _)| tp.topic == Topic::Inbox).map(|(tp, owned)| (tp.partition, owned.next)).collect();
             let started = std::time::Instant::now();
-            metrics::observe_window(write.put.len());
+            let items = write.put.len() as u64;
             self.write(write).await?;
-            metrics::observe_store_write(started.elapsed());
+            metrics::observe_flush(items, started.elapsed());
             for (tp, owned) in &self.owned {
                 consumer.commit(*tp, owned.next).await?;
             }
@@ -406,7 +409,7 @@ impl Worker {
             for (device, to) in page {
                 let tp = TopicPartition { topic: Topic::Inbox, partition: Partition::of(&device.account, partitions) };
                 if self.owned.contains_key(&tp) {
-                    metrics::observe_expired();
+                    metrics::observe_expired(1);
                     self.append(tp, event::encode(&InboxEvent::Expired { device, to })).await?;
                 }
             }

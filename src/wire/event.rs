@@ -371,11 +371,7 @@ mod tests {
             client_message_id: ClientMessageId(300),
             accepted: UnixMillis(1_700_000_000_000),
             flags: flags::URGENT,
-            envelopes: contents
-                .iter()
-                .zip(1..)
-                .map(|(sealed, n)| SealedEnvelope { device: addr(1, n).device, kind: 2, sealed })
-                .collect(),
+            envelopes: contents.iter().zip(1..).map(|(sealed, n)| SealedEnvelope { device: addr(1, n).device, kind: 2, sealed }).collect(),
         }
     }
 

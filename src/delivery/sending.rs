@@ -1,0 +1,298 @@
+//! Accepting a `Send`: checks, sealing, and the append that makes it durable. Used by every transport.
+
+use std::collections::HashSet;
+use std::num::NonZeroU32;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use governor::clock::{Clock as _, DefaultClock};
+use governor::{DefaultKeyedRateLimiter, Quota, RateLimiter};
+use parking_lot::RwLock;
+use quick_cache::sync::Cache;
+
+use crate::clock::{Clock, Random};
+use crate::delivery::api::{OutgoingEnvelope, SendError, SendRequest, Sending};
+use crate::directory::{AccountView, Directory};
+use crate::ids::{AccountId, DeviceAddr, DeviceId, Partition};
+use crate::limits;
+use crate::log::{AppendError, AppendSink, EventLog, Topic, TopicPartition};
+use crate::metrics;
+use crate::store::seal::{self, Sealer};
+use crate::store::{DeliveryStore, MarkKey};
+use crate::wire::event::{self, EnvelopesAccepted, flags};
+use crate::wire::stream::{Code, EnvelopeType};
+
+/// How long a refused sender should wait where nothing better is known, in milliseconds.
+const RETRY_AFTER_MS: u32 = 1_000;
+/// How long a sender to a full inbox should wait, in milliseconds.
+const INBOX_FULL_RETRY_MS: u32 = 60_000;
+
+/// A send that passed every check: what the log takes.
+#[derive(Debug)]
+pub struct Checked {
+    to: TopicPartition,
+    payload: Bytes,
+}
+
+/// The one place where messages are accepted.
+pub struct Acceptor {
+    log: Arc<dyn EventLog>,
+    directory: Arc<Directory>,
+    delivery: Arc<dyn DeliveryStore>,
+    clock: Arc<dyn Clock>,
+    random: Arc<dyn Random>,
+    rate: Option<DefaultKeyedRateLimiter<DeviceAddr>>,
+    /// The highest client message id of each pair that passed here or was applied before: decides what is too old.
+    highest: Cache<MarkKey, Arc<AtomicU64>>,
+    full: RwLock<HashSet<DeviceAddr>>,
+    any_full: AtomicBool,
+}
+
+impl std::fmt::Debug for Acceptor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Acceptor(…)")
+    }
+}
+
+impl Acceptor {
+    /// `rate`: messages a second of one device, with a burst of as many; `None` for no limit.
+    pub fn new(
+        log: Arc<dyn EventLog>,
+        directory: Arc<Directory>,
+        delivery: Arc<dyn DeliveryStore>,
+        clock: Arc<dyn Clock>,
+        random: Arc<dyn Random>,
+        rate: Option<NonZeroU32>,
+    ) -> Self {
+        Self {
+            log,
+            directory,
+            delivery,
+            clock,
+            random,
+            rate: rate.map(|rate| RateLimiter::keyed(Quota::per_second(rate))),
+            highest: Cache::new(limits::CACHED_MARKS),
+            full: RwLock::default(),
+            any_full: AtomicBool::new(false),
+        }
+    }
+
+    /// The projector says that an inbox is at its cap, or no more.
+    pub fn set_full(&self, device: DeviceAddr, full: bool) {
+        let mut all = self.full.write();
+        if full {
+            all.insert(device);
+        } else {
+            all.remove(&device);
+        }
+        self.any_full.store(!all.is_empty(), Ordering::Relaxed);
+    }
+
+    /// Forgets devices whose rate has recovered; called now and then.
+    pub fn tidy(&self) {
+        if let Some(rate) = &self.rate {
+            rate.retain_recent();
+        }
+    }
+
+    /// The recipient's view without waiting, if it is cached.
+    pub fn cached(&self, sender: DeviceAddr, request: &SendRequest) -> Option<(Arc<AccountView>, Arc<AtomicU64>)> {
+        let view = self.directory.get_cached(&request.recipient)?;
+        let highest = self.highest.get(&MarkKey { recipient: request.recipient, sender })?;
+        Some((view, highest))
+    }
+
+    /// The same from the stores.
+    pub async fn load(&self, sender: DeviceAddr, request: &SendRequest) -> Result<(Arc<AccountView>, Arc<AtomicU64>), SendError> {
+        let view = self.directory.get(request.recipient).await.map_err(store_failed)?.ok_or(SendError::NotFound)?;
+        let key = MarkKey { recipient: request.recipient, sender };
+        let highest = match self.highest.get(&key) {
+            Some(highest) => highest,
+            None => {
+                let marks = self.delivery.marks(vec![key]).await.map_err(store_failed)?;
+                let stored = marks.first().copied().flatten().unwrap_or_default().high;
+                let fresh = Arc::new(AtomicU64::new(stored));
+                // Two loads may race; the first one in wins, so that nobody counts on a copy of his own.
+                match self.highest.get_or_insert_with(&key, || Ok::<_, std::convert::Infallible>(fresh)) {
+                    Ok(highest) => highest,
+                    Err(never) => match never {},
+                }
+            }
+        };
+        Ok((view, highest))
+    }
+
+    /// Every check, then the sealed event.
+    pub fn check(&self, sender: DeviceAddr, request: &SendRequest, view: &AccountView, highest: &AtomicU64) -> Result<Checked, SendError> {
+        if let Some(rate) = &self.rate
+            && let Err(not_until) = rate.check_key(&sender)
+        {
+            metrics::observe_rate_limited(metrics::RateScope::Messages);
+            let wait = not_until.wait_time_from(DefaultClock::default().now());
+            return Err(SendError::RateLimited { retry_after_ms: u32::try_from(wait.as_millis()).unwrap_or(u32::MAX).max(1) });
+        }
+        let sealer = allowed(sender, request, view)?;
+        sizes(request)?;
+        devices(sender, request, view)?;
+        if self.any_full.load(Ordering::Relaxed) && !request.ephemeral {
+            let full = self.full.read();
+            if request.envelopes.iter().any(|e| full.contains(&DeviceAddr { account: request.recipient, device: e.device })) {
+                return Err(SendError::InboxFull { retry_after_ms: INBOX_FULL_RETRY_MS });
+            }
+        }
+        let id = request.client_message_id.0;
+        if id + limits::MESSAGE_ID_WINDOW <= highest.fetch_max(id, Ordering::Relaxed) {
+            return Err(SendError::StaleMessageId);
+        }
+        let partition = Partition::of(&request.recipient, self.log.partitions(Topic::Inbox));
+        Ok(Checked { to: TopicPartition { topic: Topic::Inbox, partition }, payload: self.event(sender, request, sealer) })
+    }
+
+    fn event(&self, sender: DeviceAddr, request: &SendRequest, sealer: &Sealer) -> Bytes {
+        let bit = |on: bool, bit: u8| if on { bit } else { 0 };
+        let head = EnvelopesAccepted {
+            recipient: request.recipient,
+            sender,
+            client_message_id: request.client_message_id,
+            accepted: self.clock.now(),
+            flags: bit(request.urgent, flags::URGENT) | bit(request.ephemeral, flags::EPHEMERAL),
+            envelopes: Vec::new(),
+        };
+        event::encode_accepted(
+            &head,
+            &request.envelopes,
+            |envelope| envelope.content.len() + seal::OVERHEAD,
+            |envelope| (envelope.device, envelope.kind),
+            |envelope, out| {
+                let recipient = DeviceAddr { account: request.recipient, device: envelope.device };
+                let context = seal::Context { recipient, sender, client_message_id: request.client_message_id };
+                sealer.seal(&context, &envelope.content, self.random.as_ref(), out);
+            },
+        )
+    }
+
+    /// Hands a checked send to the log; its outcome goes to the sink.
+    pub fn submit(&self, checked: Checked, sink: &Arc<dyn AppendSink>, token: u64) -> Result<(), SendError> {
+        self.log.submit(checked.to, checked.payload, sink, token).map_err(|error| append_failed(&error))
+    }
+}
+
+#[async_trait]
+impl Sending for Acceptor {
+    async fn send(&self, sender: DeviceAddr, request: SendRequest) -> Result<(), SendError> {
+        let accepted = async {
+            let (view, highest) = match self.cached(sender, &request) {
+                Some(cached) => cached,
+                None => self.load(sender, &request).await?,
+            };
+            let checked = self.check(sender, &request, &view, &highest)?;
+            self.log.append(checked.to, checked.payload).await.map(|_| ()).map_err(|error| append_failed(&error))
+        };
+        let outcome = accepted.await;
+        metrics::observe_sends(outcome.as_ref().map_or_else(SendError::code, |()| Code::Ok), 1);
+        outcome
+    }
+}
+
+/// What a failed append means to the sender.
+pub fn append_failed(error: &AppendError) -> SendError {
+    match error {
+        AppendError::Poisoned(_) | AppendError::Closed => SendError::OutcomeUnknown,
+        AppendError::Full | AppendError::Unavailable(_) => SendError::Unavailable { retry_after_ms: RETRY_AFTER_MS },
+        AppendError::TooLarge => SendError::TooLarge("the request is larger than the log takes"),
+        AppendError::NoSuchPartition => SendError::Internal,
+    }
+}
+
+fn store_failed(error: crate::store::StoreError) -> SendError {
+    match error {
+        crate::store::StoreError::Unavailable(_) => SendError::Unavailable { retry_after_ms: RETRY_AFTER_MS },
+        _ => {
+            tracing::error!(%error, "a recipient could not be looked up");
+            SendError::Internal
+        }
+    }
+}
+
+fn allowed<'a>(sender: DeviceAddr, request: &SendRequest, view: &'a AccountView) -> Result<&'a Sealer, SendError> {
+    let sealer = view.sealer.as_ref().filter(|_| !view.deleted).ok_or(SendError::AccountDeleted)?;
+    if request.recipient != sender.account && view.blocked.binary_search(&sender.account).is_ok() {
+        return Err(SendError::Blocked);
+    }
+    Ok(sealer)
+}
+
+fn sizes(request: &SendRequest) -> Result<(), SendError> {
+    if request.client_message_id.0 == 0 || request.client_message_id.0 > i64::MAX as u64 {
+        return Err(SendError::BadRequest("client_message_id must be from 1 to 2^63-1"));
+    }
+    if request.envelopes.is_empty() || request.envelopes.len() > limits::DEVICES_PER_ACCOUNT {
+        return Err(SendError::BadRequest("a request carries 1 to 10 envelopes"));
+    }
+    for OutgoingEnvelope { kind, content, .. } in &request.envelopes {
+        if !matches!(EnvelopeType::try_from(i32::from(*kind)), Ok(EnvelopeType::Whisper | EnvelopeType::Prekey | EnvelopeType::Mls)) {
+            return Err(SendError::BadRequest("unknown envelope type"));
+        }
+        if content.is_empty() {
+            return Err(SendError::BadRequest("an envelope is empty"));
+        }
+        if content.len() > limits::ENVELOPE_BYTES {
+            return Err(SendError::TooLarge("an envelope's content is larger than 262144 bytes"));
+        }
+    }
+    Ok(())
+}
+
+/// All devices of the recipient, each exactly once, each the installation that the sender knows.
+fn devices(sender: DeviceAddr, request: &SendRequest, view: &AccountView) -> Result<(), SendError> {
+    let own = request.recipient == sender.account;
+    let wanted = |device: DeviceId| !(own && device == sender.device);
+    let has = |device: DeviceId| request.envelopes.iter().filter(|e| e.device == device).count();
+    let mut missing = Vec::new();
+    let mut stale = Vec::new();
+    for device in view.devices.iter().filter(|device| wanted(device.id)) {
+        match request.envelopes.iter().find(|e| e.device == device.id) {
+            None => missing.push(device.id),
+            Some(envelope) if envelope.registration_id != device.registration_id => stale.push(device.id),
+            Some(_) => {}
+        }
+    }
+    let mut extra = Vec::new();
+    for envelope in &request.envelopes {
+        if !wanted(envelope.device) || !view.devices.iter().any(|device| device.id == envelope.device) {
+            extra.push(envelope.device);
+        } else if has(envelope.device) > 1 {
+            return Err(SendError::BadRequest("two envelopes for one device"));
+        }
+    }
+    if !missing.is_empty() || !extra.is_empty() {
+        return Err(SendError::Mismatch { missing, extra });
+    }
+    if stale.is_empty() { Ok(()) } else { Err(SendError::Stale { devices: stale }) }
+}
+
+/// A `Send` frame as a request.
+pub fn parse(send: crate::wire::stream::Send) -> Result<SendRequest, SendError> {
+    let bad = |_| SendError::BadRequest("an id is out of its range");
+    let envelopes = send
+        .envelopes
+        .into_iter()
+        .map(|envelope| {
+            Ok(OutgoingEnvelope {
+                device: DeviceId::new(envelope.device_id).map_err(bad)?,
+                registration_id: crate::ids::RegistrationId::new(envelope.registration_id).map_err(bad)?,
+                kind: u8::try_from(envelope.r#type).map_err(|_| SendError::BadRequest("unknown envelope type"))?,
+                content: envelope.content,
+            })
+        })
+        .collect::<Result<_, _>>()?;
+    Ok(SendRequest {
+        recipient: AccountId::from_slice(&send.recipient).map_err(bad)?,
+        client_message_id: crate::ids::ClientMessageId(send.client_message_id),
+        urgent: send.urgent,
+        ephemeral: send.ephemeral,
+        envelopes,
+    })
+}

@@ -1,0 +1,364 @@
+//! One device's stream, free of any transport: a reader that takes the client's frames and a writer that gives the server's.
+//!
+//! The writer's life: attach → catch up from the store to the switch → live. The switch is the position at which the projector met
+//! the attachment in log order, so nothing is missed or doubled between the two. A feed that was cut (the
+//! client was too slow for its queue) attaches again and catches up again.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use prost::Message as _;
+
+use crate::clock::Clock;
+use crate::delivery::frames::Batch;
+use crate::delivery::hub::Hub;
+use crate::delivery::outbox::{Flow, Handle};
+use crate::delivery::sending;
+use crate::directory::AccountView;
+use crate::ids::{DeviceAddr, Seq};
+use crate::limits;
+use crate::log::AppendSink;
+use crate::metrics;
+use crate::store::{InboxState, PendingBody, PendingItem};
+use crate::wire::event::flags;
+use crate::wire::stream::{self, ClientBatch, CloseReason, Code, GapReason, client_frame, server_frame::Frame};
+
+/// A stream that was opened. Ends, on the log too, when it is dropped.
+#[derive(Debug)]
+pub struct Session {
+    hub: Arc<Hub>,
+    handle: Arc<Handle>,
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        self.hub.end(&self.handle);
+    }
+}
+
+impl Session {
+    /// Opens a stream for an authenticated device.
+    pub fn open(hub: Arc<Hub>, device: DeviceAddr) -> Self {
+        let handle = hub.open(device);
+        Self { hub, handle }
+    }
+
+    /// Its handle, for what others tell it.
+    pub fn handle(&self) -> &Arc<Handle> {
+        &self.handle
+    }
+
+    /// The two halves; both borrow the session, which must outlive them.
+    pub fn halves<'a>(&'a self, clock: &'a dyn Clock) -> (Reader<'a>, Writer<'a>) {
+        let sink: Arc<dyn AppendSink> = Arc::clone(&self.handle) as Arc<dyn AppendSink>;
+        let reader = Reader { session: self, sink };
+        let writer = Writer {
+            session: self,
+            clock,
+            view: None,
+            phase: Phase::New,
+            local: VecDeque::new(),
+            flow: Flow::default(),
+            last: Seq::ZERO,
+            batch: Batch::default(),
+            items: 0,
+        };
+        (reader, writer)
+    }
+}
+
+/// Takes what the client sends.
+pub struct Reader<'a> {
+    session: &'a Session,
+    sink: Arc<dyn AppendSink>,
+}
+
+impl Reader<'_> {
+    /// Anything arrived, a pong for example: the client is alive.
+    pub fn heard(&self) {
+        self.session.handle.heard(self.session.hub.tick());
+    }
+
+    /// One binary message: a `ClientBatch`. Waits while too many sends are in flight. `Err`: close the stream so.
+    pub async fn receive(&mut self, message: Bytes) -> Result<(), CloseReason> {
+        self.heard();
+        let batch = ClientBatch::decode(message).map_err(|_| CloseReason::ProtocolError)?;
+        for frame in batch.frames {
+            match frame.frame {
+                Some(client_frame::Frame::Send(send)) => self.send(send).await,
+                Some(client_frame::Frame::Ack(ack)) => self.ack(Seq(ack.seq))?,
+                // A frame of a newer client.
+                None => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn ack(&mut self, to: Seq) -> Result<(), CloseReason> {
+        let Session { hub, handle } = self.session;
+        if handle.ack(to, hub.tick()).map_err(|()| CloseReason::ProtocolError)? {
+            hub.ack_later(Arc::clone(handle));
+            metrics::observe_acks(1);
+        }
+        Ok(())
+    }
+
+    async fn send(&mut self, send: stream::Send) {
+        let handle = &self.session.handle;
+        handle.enter().await;
+        let request_id = send.request_id;
+        if let Err(error) = self.try_send(send).await {
+            metrics::observe_sends(error.code(), 1);
+            handle.refuse(request_id, &error);
+        }
+    }
+
+    async fn try_send(&mut self, send: stream::Send) -> Result<(), crate::delivery::api::SendError> {
+        let Session { hub, handle } = self.session;
+        let request_id = send.request_id;
+        let request = sending::parse(send)?;
+        let (view, highest) = match hub.acceptor.cached(handle.device, &request) {
+            Some(cached) => cached,
+            None => hub.acceptor.load(handle.device, &request).await?,
+        };
+        let checked = hub.acceptor.check(handle.device, &request, &view, &highest)?;
+        hub.acceptor.submit(checked, &self.sink, request_id)
+    }
+}
+
+/// What the transport does next.
+#[derive(Debug)]
+pub enum Output {
+    /// Send this binary message: a `ServerBatch`.
+    Frames(Bytes),
+    /// Send a ping.
+    Ping,
+    /// Send this last binary message, then close with the reason's code.
+    Close(Bytes, CloseReason),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    /// Not attached yet, nothing sent.
+    New,
+    /// Waits for the switch.
+    Attaching,
+    /// Reads the backlog up to the switch.
+    CatchUp { to: Seq },
+    /// Follows.
+    Live,
+}
+
+/// Gives what the client is sent.
+pub struct Writer<'a> {
+    session: &'a Session,
+    clock: &'a dyn Clock,
+    view: Option<Arc<AccountView>>,
+    phase: Phase,
+    local: VecDeque<PendingItem>,
+    flow: Flow,
+    /// The highest seq that was sent, or acknowledged before.
+    last: Seq,
+    batch: Batch,
+    /// Items in the batch.
+    items: u64,
+}
+
+impl Writer<'_> {
+    /// Waits for the next thing to write. Not cancel-safe: what it took out of the queue is lost with the future.
+    pub async fn next(&mut self) -> Output {
+        if self.phase == Phase::New
+            && let Err(reason) = self.first().await
+        {
+            return self.close(reason);
+        }
+        loop {
+            let Session { hub, handle } = self.session;
+            let taken = handle.take(&mut self.flow, &mut self.local, self.phase == Phase::Live);
+            if let Some(reason) = taken.closing {
+                return self.close(reason);
+            }
+            if !taken.accepted.is_empty() {
+                metrics::observe_sends(Code::Ok, taken.accepted.len() as u64);
+            }
+            for request_id in taken.accepted {
+                self.batch.accepted(request_id);
+            }
+            for result in taken.refused {
+                self.batch.frame(Frame::Result(result));
+            }
+            if taken.account_changed {
+                self.batch.frame(Frame::AccountChanged(stream::AccountChanged {}));
+            }
+            if let Some((ec_remaining, pq_remaining)) = taken.prekeys_low {
+                self.batch.frame(Frame::PrekeysLow(stream::PrekeysLow { ec_remaining, pq_remaining }));
+            }
+            if let Some((at, inbox)) = taken.attached {
+                self.begin(at, inbox);
+            }
+            if taken.overflow && self.phase == Phase::Live && self.local.is_empty() {
+                self.phase = Phase::Attaching;
+                if hub.attach(handle).await.is_err() {
+                    return self.close(CloseReason::ServerFault);
+                }
+            }
+            if let Err(reason) = self.feed().await {
+                return self.close(reason);
+            }
+            if taken.ping {
+                return self.ping();
+            }
+            if !self.batch.is_empty() {
+                handle.sent(self.last);
+                metrics::observe_pushed(std::mem::take(&mut self.items));
+                return Output::Frames(self.batch.take());
+            }
+            if !self.can_go_on() {
+                handle.woken().await;
+            }
+        }
+    }
+
+    /// The batch is empty, but there is something to fill it with.
+    fn can_go_on(&self) -> bool {
+        let more = matches!(self.phase, Phase::CatchUp { .. }) || !self.local.is_empty();
+        more && self.phase != Phase::Attaching && !self.flow.is_stalled()
+    }
+
+    /// A ping now; what the batch holds goes out with the next turn.
+    fn ping(&self) -> Output {
+        if !self.batch.is_empty() {
+            self.session.handle.wake();
+        }
+        Output::Ping
+    }
+
+    /// Attaches, waits for the switch, and says hello.
+    async fn first(&mut self) -> Result<(), CloseReason> {
+        let Session { hub, handle } = self.session;
+        let view = hub.directory.get(handle.device.account).await.map_err(|_| CloseReason::ServerFault)?;
+        self.view = Some(view.filter(|view| !view.deleted).ok_or(CloseReason::Revoked)?);
+        hub.attach(handle).await.map_err(|_| CloseReason::ServerFault)?;
+        let wait = async {
+            loop {
+                if let Some(first) = handle.take_first() {
+                    return first;
+                }
+                handle.woken().await;
+            }
+        };
+        let (at, inbox) =
+            tokio::time::timeout(Duration::from_millis(limits::ATTACH_MS), wait).await.map_err(|_| CloseReason::ServerFault)??;
+        handle.begin(inbox.cursor);
+        self.batch.frame(Frame::Hello(stream::Hello {
+            cursor: inbox.cursor.0,
+            heartbeat_ms: (limits::HEARTBEAT_TICK_MS * u64::from(limits::HEARTBEAT_TICKS)) as u32,
+            max_unacked_bytes: limits::UNACKED_BYTES as u64,
+            server_time_ms: self.clock.now().0,
+        }));
+        self.begin(at, inbox);
+        Ok(())
+    }
+
+    fn begin(&mut self, at: Seq, inbox: InboxState) {
+        // What is queued is at or below the switch: the catch-up reads it.
+        self.local.clear();
+        self.last = self.last.max(inbox.cursor);
+        self.phase = Phase::CatchUp { to: at };
+        if inbox.expired_to > self.last {
+            self.gap(Seq(self.last.0 + 1), inbox.expired_to, GapReason::GapExpired);
+        }
+    }
+
+    fn gap(&mut self, from: Seq, to: Seq, reason: GapReason) {
+        self.batch.frame(Frame::Gap(stream::Gap { from: from.0, to: to.0, reason: reason.into() }));
+        self.flow.sent(to, 32);
+        self.last = to;
+    }
+
+    /// Fills the batch from the backlog or the live queue, as far as flow control lets it.
+    async fn feed(&mut self) -> Result<(), CloseReason> {
+        if let Phase::CatchUp { to } = self.phase
+            && !self.flow.is_stalled()
+        {
+            self.catch_up(to).await?;
+        }
+        if self.phase == Phase::Live {
+            while self.batch.len() < limits::SERVER_FRAME_TARGET_BYTES && !self.flow.is_stalled() {
+                let Some(item) = self.local.pop_front() else { break };
+                self.item(&item);
+            }
+            if self.local.is_empty() && self.local.capacity() > 64 {
+                self.local = VecDeque::new();
+            }
+        }
+        Ok(())
+    }
+
+    async fn catch_up(&mut self, to: Seq) -> Result<(), CloseReason> {
+        let Session { hub, handle } = self.session;
+        if self.local.is_empty() {
+            let page = hub.delivery.pending(handle.device, self.last, to, limits::CATCH_UP_ITEMS, limits::CATCH_UP_BYTES).await;
+            self.local = page
+                .map_err(|error| {
+                    tracing::error!(%error, "a backlog could not be read");
+                    CloseReason::ServerFault
+                })?
+                .into();
+            if self.local.is_empty() {
+                self.last = self.last.max(to);
+                self.batch.frame(Frame::QueueEmpty(stream::QueueEmpty { seq: self.last.0 }));
+                self.phase = Phase::Live;
+                // What came meanwhile is taken at the next turn.
+                handle.wake();
+                return Ok(());
+            }
+        }
+        while self.batch.len() < limits::SERVER_FRAME_TARGET_BYTES && !self.flow.is_stalled() {
+            let Some(item) = self.local.pop_front() else { break };
+            self.item(&item);
+        }
+        Ok(())
+    }
+
+    fn item(&mut self, item: &PendingItem) {
+        match &item.body {
+            PendingBody::Envelope(envelope) => {
+                let ephemeral = envelope.flags & flags::EPHEMERAL != 0;
+                if item.seq <= self.last && !ephemeral {
+                    return;
+                }
+                let sealer = self.view.as_ref().and_then(|view| view.sealer.as_ref());
+                let opened =
+                    sealer.is_some_and(|sealer| self.batch.envelope(self.session.handle.device, item.seq, envelope, sealer).is_ok());
+                match (opened, ephemeral) {
+                    (_, true) => return,
+                    (true, false) => {}
+                    (false, false) => return self.gap(item.seq, item.seq, GapReason::GapLost),
+                }
+            }
+            PendingBody::Receipts(entries) => {
+                if item.seq <= self.last {
+                    return;
+                }
+                self.batch.receipt(item.seq, entries);
+            }
+        }
+        self.items += 1;
+        self.last = item.seq;
+        self.flow.sent(item.seq, item.cost());
+    }
+
+    fn close(&mut self, reason: CloseReason) -> Output {
+        let retry_after_ms = match reason {
+            CloseReason::Draining => limits::DRAIN_RETRY_MS,
+            CloseReason::Replaced | CloseReason::Revoked | CloseReason::ProtocolError => 0,
+            _ => 1_000,
+        };
+        self.batch.take();
+        self.batch.frame(Frame::Closing(stream::Closing { reason: reason.into(), retry_after_ms }));
+        Output::Close(self.batch.take(), reason)
+    }
+}
