@@ -190,7 +190,7 @@ pub struct Limits {
     pub messages_per_device_per_s: Option<u32>,
     /// Device registrations an hour of one address. Default 60.
     pub registrations_per_ip_per_h: Option<u32>,
-    /// Failed authentications a minute of one address; past it even right credentials wait. Default 120.
+    /// Failed authentications a minute of one address; past it they are answered with 429. Default 120.
     pub auth_failures_per_ip_per_min: Option<u32>,
     /// Fetches of key bundles a minute of one device; past it the answer is 429. Default 120.
     pub key_fetches_per_device_per_min: Option<u32>,

@@ -46,6 +46,8 @@ pub mod metrics;
 #[cfg(feature = "server")]
 pub mod projector;
 #[cfg(feature = "server")]
+pub mod rate;
+#[cfg(feature = "server")]
 pub mod server;
 #[cfg(feature = "server")]
 pub mod store;

@@ -91,7 +91,7 @@ pub const JWKS_REFRESH_MIN_MS: u64 = 10_000;
 pub const JWKS_REFRESH_MS: u64 = 5 * 60_000;
 /// Keys of a realm whose URL fails are trusted this long.
 pub const JWKS_STALE_MAX_MS: u64 = 24 * 3_600_000;
-/// Devices or addresses that a rate limiter tells apart; past that, idle ones are forgotten, then newcomers share one.
+/// Devices or addresses that a rate limiter tells apart; past that, idle ones are forgotten, then all.
 pub const RATE_KEYS: usize = 200_000;
 
 /// How often an edge looks at its streams: the grain of the three below.
@@ -116,3 +116,9 @@ pub const DRAIN_RETRY_MS: u32 = 500;
 pub const WS_READ_BUFFER_BYTES: usize = 4 * 1024;
 /// What a stream may buffer before it writes: one server frame.
 pub const WS_WRITE_BUFFER_BYTES: usize = SERVER_FRAME_TARGET_BYTES * 2;
+/// A request's head, in bytes, and what one connection buffers of a body.
+pub const HTTP_BUFFER_BYTES: usize = 64 * 1024;
+/// Header fields of one request.
+pub const HTTP_HEADERS: usize = 64;
+/// Addresses in `X-Forwarded-For` that are looked at.
+pub const FORWARDED_HOPS: usize = 16;
