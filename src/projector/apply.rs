@@ -99,6 +99,9 @@ pub struct Projection {
     waiting: Vec<DeviceAddr>,
     told: Vec<Told>,
     fresh_bytes: usize,
+    /// What is applied now may have been applied before a crash, which wrote some items early: their rows are in the store though
+    /// nothing counts them, and go when they are acknowledged. Flush before it turns false.
+    pub replaying: bool,
     /// Pushes in order, for the worker to send after each batch.
     pub pushes: Vec<(EdgeId, Push)>,
     /// Pushes for every edge.
@@ -135,13 +138,16 @@ impl Projection {
 
     /// Puts an inbox in memory as the store has it.
     pub fn load_inbox(&mut self, device: DeviceAddr, state: Option<InboxState>) {
-        let state = state.unwrap_or_default();
+        // What the store has of something that was removed is from before the removal.
+        let removed = self.gone.contains(&device) || self.removed.contains(&device.account);
+        let state = state.filter(|_| !removed).unwrap_or_default();
         self.inboxes.entry(device).or_insert(Inbox { state, ..Inbox::default() });
     }
 
     /// Puts a mark in memory as the store has it.
     pub fn load_mark(&mut self, key: MarkKey, mark: Option<Mark>) {
-        self.marks.entry(key).or_insert((mark.unwrap_or_default(), false));
+        let mark = mark.filter(|_| !self.removed.contains(&key.recipient)).unwrap_or_default();
+        self.marks.entry(key).or_insert((mark, false));
     }
 
     /// Applies the event of the record at `at`. `payload` is the record's buffer, which the event borrows from.
@@ -295,6 +301,9 @@ impl Projection {
             tell(&mut told, device, kind, &item.body);
         }
         self.told = told;
+        if self.replaying {
+            inbox.drop_to = inbox.drop_to.max(to);
+        }
         if inbox.state.items > 0 && after < to {
             return Some(Step::SettleStored { device, after, to, kind });
         }
@@ -327,8 +336,15 @@ impl Projection {
         self.inboxes.get(device)
     }
 
+    /// Removals go with the next write, even an early one: later they would take rows away that were put behind them.
+    fn take_removals(&mut self, write: &mut DeliveryWrite) {
+        write.remove_accounts.append(&mut self.removed);
+        write.inboxes.extend(self.gone.drain(..).map(|device| (device, None)));
+    }
+
     /// Moves a device's fresh items into `write`: from now on they count as stored.
     pub fn take_fresh(&mut self, device: DeviceAddr, write: &mut DeliveryWrite) {
+        self.take_removals(write);
         let Some(inbox) = self.inboxes.get_mut(&device) else { return };
         if !inbox.fresh.is_empty() && !inbox.dirty {
             inbox.dirty = true;
@@ -366,8 +382,7 @@ impl Projection {
 
     /// Everything that differs from the store; after it is written with the positions the store equals the state.
     pub fn flush(&mut self, write: &mut DeliveryWrite) {
-        write.remove_accounts.append(&mut self.removed);
-        write.inboxes.extend(self.gone.drain(..).map(|device| (device, None)));
+        self.take_removals(write);
         for device in std::mem::take(&mut self.with_fresh) {
             if let Some(inbox) = self.inboxes.get_mut(&device) {
                 inbox.listed = false;

@@ -2,5 +2,7 @@
 
 pub mod apply;
 pub mod directory;
+#[cfg(test)]
+mod model;
 pub mod push;
 pub mod worker;

@@ -224,13 +224,14 @@ impl Worker {
                 self.progress.send_modify(|progress| progress.applied += records);
             }
         }
-        self.note_progress();
-        Ok(())
-    }
-
-    fn note_progress(&self) {
         let caught_up = !self.owned.is_empty() && self.owned.values().all(|owned| owned.next >= owned.end_at_start);
+        if caught_up && self.projection.replaying {
+            // Rows that were written early before a crash are counted from here on.
+            self.flush(consumer).await?;
+        }
+        self.projection.replaying = !caught_up;
         self.progress.send_if_modified(|progress| std::mem::replace(&mut progress.caught_up, caught_up) != caught_up);
+        Ok(())
     }
 
     fn arm(&mut self) {
@@ -285,7 +286,7 @@ impl Worker {
             Step::Attach { device, edge, attach, at } => {
                 let mut write = DeliveryWrite::default();
                 self.projection.take_fresh(device, &mut write);
-                if !write.put.is_empty() {
+                if !write.is_empty() {
                     self.write(write).await?;
                 }
                 let inbox = self.projection.inbox(&device).map(|inbox| inbox.state).unwrap_or_default();
@@ -348,7 +349,7 @@ impl Worker {
         self.soon_at = None;
         let mut write = DeliveryWrite::default();
         let waiting = self.projection.take_waiting(&mut write);
-        if !write.put.is_empty() {
+        if !write.is_empty() {
             self.write(write).await?;
         }
         for device in waiting {

@@ -132,6 +132,13 @@ pub struct DeliveryWrite {
     pub remove_accounts: Vec<AccountId>,
 }
 
+impl DeliveryWrite {
+    /// Nothing would change.
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
 /// What is still undelivered. Written only by the projector.
 #[async_trait]
 pub trait DeliveryStore: Send + Sync + 'static {
