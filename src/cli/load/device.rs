@@ -1,0 +1,380 @@
+//! One device of a run: what it has in flight, what it has received, what it owes the server. No I/O here.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use super::engine::World;
+use super::wire::{self, Malformed, STAMP_BYTES, Seen, Stamp};
+use super::ws::{Decoder, Incoming, Outbox};
+
+/// Sends go out in WebSocket messages of about this size: a few dozen of 1 KiB.
+const BATCH_BYTES: usize = 60 * 1024;
+/// With this much waiting for the socket, nothing is added.
+const OUTBOX_BYTES: usize = 256 * 1024;
+/// Received items and bytes after which an acknowledgement goes out at once; fewer wait for the tick.
+const ACK_ITEMS: u32 = 256;
+const ACK_BYTES: usize = 512 * 1024;
+/// The shortest pause before a refused send is repeated.
+const REPEAT_US: u64 = 5_000;
+
+/// Codes of `SendResult` that a client answers by sending again with the same id.
+const REPEATABLE: [u32; 4] = [9, 10, 11, 16];
+
+/// What ended a connection, when the server said so.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ended {
+    /// Lost, or closed without a reason.
+    Lost,
+    /// Come back after this many milliseconds.
+    Later(u32),
+    /// Do not come back: the number of its `CloseReason`.
+    Refused(u32),
+}
+
+/// A device and its connection's buffers.
+pub struct Device {
+    /// Incomplete frames.
+    pub decoder: Decoder,
+    /// What waits for the socket.
+    pub outbox: Outbox,
+    /// Everything else.
+    pub session: Session,
+}
+
+/// What a device knows, over all its connections.
+pub struct Session {
+    /// Its index among the devices of its role.
+    pub index: u64,
+    /// Set when the server has said Hello on the current connection.
+    pub attached: bool,
+    /// Set when the server has said QueueEmpty on the current connection.
+    pub queue_empty: bool,
+    /// Set when the server said why it closes.
+    pub ended: Option<Ended>,
+    receives: bool,
+    sending: Option<Sending>,
+    /// Everything up to here was handed to the application.
+    seq: u64,
+    /// Highest seq of this connection.
+    connection_seq: u64,
+    unacked_items: u32,
+    unacked_bytes: usize,
+}
+
+#[derive(Clone)]
+enum Slot {
+    /// Sent and not answered; `at_us` is when it was sent first, or was due. Content is kept if it can't be made again.
+    Waiting { at_us: u64, content: Option<(u8, Vec<u8>)> },
+    /// Answered for good.
+    Done,
+}
+
+/// The sending half: numbers from 1, each answered once in the end.
+pub struct Sending {
+    quota: u64,
+    next: u64,
+    /// Number of the first slot.
+    base: u64,
+    slots: VecDeque<Slot>,
+    waiting: u64,
+    repeat: VecDeque<u64>,
+    later: Vec<(u64, u64)>,
+    /// Refusals that no repeat can help, by code.
+    pub refused: BTreeMap<u32, u64>,
+    /// Sends that were repeated.
+    pub repeats: u64,
+}
+
+impl Sending {
+    /// With this many messages to send at most.
+    pub fn new(quota: u64) -> Self {
+        Self {
+            quota,
+            next: 1,
+            base: 1,
+            slots: VecDeque::new(),
+            waiting: 0,
+            repeat: VecDeque::new(),
+            later: Vec::new(),
+            refused: BTreeMap::new(),
+            repeats: 0,
+        }
+    }
+
+    /// Messages begun so far.
+    pub fn begun(&self) -> u64 {
+        self.next - 1
+    }
+
+    /// Sends without an answer.
+    pub fn waiting(&self) -> u64 {
+        self.waiting
+    }
+
+    /// Whether all that will be sent was answered.
+    pub fn finished(&self) -> bool {
+        self.waiting == 0
+    }
+
+    /// Whether the quota is used up.
+    pub fn exhausted(&self) -> bool {
+        self.begun() >= self.quota
+    }
+
+    /// Takes the next number if window and quota leave room; the caller decides whether its time has come.
+    fn room(&self, world: &World) -> bool {
+        self.waiting < world.window && self.begun() < self.quota && self.next - self.base <= world.routes.spread_max()
+    }
+
+    fn begin(&mut self, at_us: u64, content: Option<(u8, Vec<u8>)>) {
+        self.slots.push_back(Slot::Waiting { at_us, content });
+        self.next += 1;
+        self.waiting += 1;
+    }
+
+    fn slot(&mut self, number: u64) -> Option<&mut Slot> {
+        self.slots.get_mut(usize::try_from(number.checked_sub(self.base)?).ok()?)
+    }
+
+    /// An answer came; whether this number is now accepted.
+    fn answered(&mut self, number: u64, code: u32, retry_after_ms: u32, now_us: u64) -> bool {
+        let Some(slot) = self.slot(number) else { return false };
+        if matches!(slot, Slot::Done) {
+            return false;
+        }
+        if REPEATABLE.contains(&code) {
+            self.later.push((now_us + REPEAT_US.max(u64::from(retry_after_ms) * 1_000), number));
+            return false;
+        }
+        *slot = Slot::Done;
+        self.waiting -= 1;
+        while matches!(self.slots.front(), Some(Slot::Done)) {
+            self.slots.pop_front();
+            self.base += 1;
+        }
+        if code != 0 {
+            *self.refused.entry(code).or_default() += 1;
+        }
+        code == 0
+    }
+
+    /// After a connection was lost: everything unanswered goes again, in order, with the same ids.
+    fn repeat_all(&mut self) {
+        self.later.clear();
+        self.repeat.clear();
+        self.repeat.extend(self.slots.iter().zip(self.base..).filter(|(slot, _)| matches!(slot, Slot::Waiting { .. })).map(|(_, number)| number));
+        self.repeats += self.repeat.len() as u64;
+    }
+
+    fn wake_later(&mut self, now_us: u64) {
+        let Self { later, repeat, repeats, .. } = self;
+        later.retain(|&(at, number)| {
+            let due = at <= now_us;
+            if due {
+                repeat.push_back(number);
+                *repeats += 1;
+            }
+            !due
+        });
+    }
+}
+
+impl Session {
+    /// A device that receives, or sends, or does both.
+    pub fn new(index: u64, receives: bool, sending: Option<Sending>) -> Self {
+        Self {
+            index,
+            attached: false,
+            queue_empty: false,
+            ended: None,
+            receives,
+            sending,
+            seq: 0,
+            connection_seq: 0,
+            unacked_items: 0,
+            unacked_bytes: 0,
+        }
+    }
+
+    /// The sending half.
+    pub fn sending(&self) -> Option<&Sending> {
+        self.sending.as_ref()
+    }
+
+    /// The sending half, for the HTTP lanes.
+    pub fn sending_mut(&mut self) -> Option<&mut Sending> {
+        self.sending.as_mut()
+    }
+
+    /// Whether something is owed or could be repeated: the tick looks closer then.
+    pub fn needs_tick(&self) -> bool {
+        self.unacked_items > 0 || self.sending.as_ref().is_some_and(|s| !s.later.is_empty())
+    }
+
+    fn item(&mut self, world: &World, seq: u64, bytes: usize) -> bool {
+        if seq <= self.connection_seq {
+            world.counters.add(|c| &c.disorder, 1);
+        }
+        self.connection_seq = seq;
+        self.unacked_items += 1;
+        self.unacked_bytes += bytes;
+        // What was processed before the connection broke comes again if its acknowledgement did not arrive.
+        let fresh = seq > self.seq;
+        if fresh {
+            self.seq = seq;
+        } else {
+            world.counters.add(|c| &c.redelivered, 1);
+        }
+        fresh
+    }
+
+    fn frame(&mut self, world: &World, seen: Seen<'_>) {
+        match seen {
+            Seen::Envelope { seq, kind, content, sender_device, sender_account } => {
+                if self.item(world, seq, content.len()) && self.receives {
+                    world.received(self.index, kind, content, sender_device, sender_account);
+                }
+            }
+            Seen::Result { request, code, retry_after_ms } => {
+                let index = self.index;
+                if self.sending.as_mut().is_some_and(|s| s.answered(request, code, retry_after_ms, world.now_us())) {
+                    world.audit.borrow_mut().accept(index, request);
+                }
+            }
+            Seen::Receipt { seq, delivered, failed } => {
+                if self.item(world, seq, 0) {
+                    world.counters.add(|c| &c.receipts, delivered);
+                    world.counters.add(|c| &c.receipts_failed, failed);
+                }
+            }
+            Seen::Gap { to } => {
+                self.item(world, to, 0);
+                world.counters.add(|c| &c.gaps, 1);
+            }
+            Seen::Hello { .. } => self.attached = true,
+            Seen::QueueEmpty => self.queue_empty = true,
+            Seen::Closing { reason, retry_after_ms } => {
+                self.ended = Some(match reason {
+                    1 | 2 | 6 => Ended::Refused(reason),
+                    _ => Ended::Later(retry_after_ms),
+                });
+            }
+            Seen::Other => {}
+        }
+    }
+
+    /// The content of a number, made anew or encrypted.
+    fn content(&self, world: &World, number: u64, at_us: u64) -> ([u8; STAMP_BYTES], Option<(u8, Vec<u8>)>) {
+        let stamp = Stamp { sender: self.index as u32, number, at_us }.to_bytes();
+        (stamp, world.encrypt(self.index, number, &stamp))
+    }
+
+    fn put(&self, world: &World, out: &mut Vec<u8>, number: u64, stamp: &[u8; STAMP_BYTES], content: Option<&(u8, Vec<u8>)>) {
+        let target = world.target(self.index, number);
+        let id = world.routes.message_id(number);
+        match content {
+            Some((kind, bytes)) => wire::put_send(out, target, number, id, *kind, bytes, &[]),
+            None => wire::put_send(out, target, number, id, 2, stamp, &world.template),
+        }
+    }
+
+    /// Writes what may be sent now, up to a batch; whether something was written.
+    fn batch(&mut self, world: &World, out: &mut Vec<u8>) {
+        let start = out.len();
+        let full = |out: &Vec<u8>| out.len() - start >= BATCH_BYTES;
+        let Some(mut sending) = self.sending.take() else { return };
+        while !full(out) {
+            let Some(number) = sending.repeat.pop_front() else { break };
+            if let Some(Slot::Waiting { at_us, content }) = sending.slot(number) {
+                let stamp = Stamp { sender: self.index as u32, number, at_us: *at_us }.to_bytes();
+                self.put(world, out, number, &stamp, content.as_ref());
+            }
+        }
+        while !full(out) && sending.room(world) {
+            let Some(at_us) = world.due(self.index, sending.next) else { break };
+            let number = sending.next;
+            let (stamp, content) = self.content(world, number, at_us);
+            self.put(world, out, number, &stamp, content.as_ref());
+            sending.begin(at_us, content);
+        }
+        self.sending = Some(sending);
+    }
+
+    /// The next message for a lane that sends by HTTP: its number, when it is due, and what it carries.
+    pub fn claim(&mut self, world: &World) -> Option<(u64, u64, u8, Vec<u8>)> {
+        let sending = self.sending.as_ref()?;
+        if !sending.room(world) || !world.running() {
+            return None;
+        }
+        let number = sending.next;
+        let at_us = world.scheduled(self.index, number).unwrap_or_else(|| world.now_us());
+        let (stamp, content) = self.content(world, number, at_us);
+        self.sending.as_mut()?.begin(at_us, None);
+        let (kind, bytes) = content.unwrap_or_else(|| (2, [&stamp[..], &world.template].concat()));
+        Some((number, at_us, kind, bytes))
+    }
+
+    /// A lane's answer.
+    pub fn settle(&mut self, world: &World, number: u64, code: u32) {
+        if self.sending.as_mut().is_some_and(|s| s.answered(number, code, 0, world.now_us())) {
+            world.audit.borrow_mut().accept(self.index, number);
+        }
+    }
+}
+
+impl Device {
+    /// Starts without a connection.
+    pub fn new(session: Session) -> Self {
+        Self { decoder: Decoder::default(), outbox: Outbox::new(session.index.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ 0x5eed), session }
+    }
+
+    /// A new connection: what is unanswered goes again.
+    pub fn connected(&mut self) {
+        self.decoder.reset();
+        self.outbox.reset();
+        let session = &mut self.session;
+        (session.attached, session.queue_empty, session.ended) = (false, false, None);
+        (session.connection_seq, session.unacked_items, session.unacked_bytes) = (0, 0, 0);
+        if let Some(sending) = &mut session.sending {
+            sending.repeat_all();
+        }
+    }
+
+    /// Bytes arrived.
+    pub fn arrived(&mut self, world: &World, bytes: &[u8]) -> Result<(), Malformed> {
+        let Self { decoder, outbox, session } = self;
+        decoder.take(bytes, |incoming| {
+            match incoming {
+                Incoming::Binary(batch) => wire::each_frame(batch, |seen| {
+                    session.frame(world, seen);
+                    Ok(())
+                })?,
+                Incoming::Ping(bytes) => outbox.pong(bytes),
+                Incoming::Close(_) => session.ended = session.ended.or(Some(Ended::Lost)),
+            }
+            Ok(())
+        })
+    }
+
+    /// Puts into the outbox what may go: sends, and the acknowledgement if it is large enough or its time has come.
+    pub fn fill(&mut self, world: &World, tick: bool) {
+        if tick && let Some(sending) = &mut self.session.sending {
+            sending.wake_later(world.now_us());
+        }
+        let Self { outbox, session, .. } = self;
+        let owes = session.unacked_items >= ACK_ITEMS || session.unacked_bytes >= ACK_BYTES || (tick && session.unacked_items > 0);
+        if owes || (session.queue_empty && session.unacked_items > 0 && world.eager_acks) {
+            outbox.message(|out| wire::put_ack(out, session.seq));
+            (session.unacked_items, session.unacked_bytes) = (0, 0);
+        }
+        if !session.attached || session.sending.is_none() || world.by_http {
+            return;
+        }
+        while outbox.pending().len() < OUTBOX_BYTES {
+            let before = outbox.pending().len();
+            outbox.message(|out| session.batch(world, out));
+            if outbox.pending().len() == before {
+                break;
+            }
+        }
+    }
+}
