@@ -105,9 +105,10 @@ impl Api {
     /// A development token for a user of the realm `local`.
     async fn token(&self, user: &str) -> anyhow::Result<String> {
         let body = json!({"identity": format!("{user}@local")});
-        let answer = self.insist(Method::POST, "/v1/dev/token", None, Some(&body)).await.context(
-            "the load tool registers its own devices with development tokens: start the server with --dev",
-        )?;
+        let answer = self
+            .insist(Method::POST, "/v1/dev/token", None, Some(&body))
+            .await
+            .context("the load tool registers its own devices with development tokens: start the server with --dev")?;
         Ok(answer["token"].as_str().context("no token in the answer")?.to_owned())
     }
 

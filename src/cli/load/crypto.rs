@@ -7,8 +7,8 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use futures_util::FutureExt as _;
 use libsignal_protocol::{
-    CiphertextMessage, DeviceId, IdentityKey, InMemSignalProtocolStore, PreKeyBundle, PreKeySignalMessage, ProtocolAddress, PublicKey, SignalMessage,
-    kem, message_decrypt, message_encrypt, process_prekey_bundle,
+    CiphertextMessage, DeviceId, IdentityKey, InMemSignalProtocolStore, PreKeyBundle, PreKeySignalMessage, ProtocolAddress, PublicKey,
+    SignalMessage, kem, message_decrypt, message_encrypt, process_prekey_bundle,
 };
 use serde_json::Value;
 
@@ -44,7 +44,13 @@ fn address(account: &[u8], device: u32) -> anyhow::Result<ProtocolAddress> {
 
 impl Parties {
     /// Fetches a bundle for each pair that will talk and opens its session.
-    pub async fn connect(api: &Api, senders: &[Registered], recipients: &[Registered], keys: &Keyset, routes: Routes) -> anyhow::Result<Self> {
+    pub async fn connect(
+        api: &Api,
+        senders: &[Registered],
+        recipients: &[Registered],
+        keys: &Keyset,
+        routes: Routes,
+    ) -> anyhow::Result<Self> {
         let mut parties = Self { senders: Vec::new(), recipients: Vec::new() };
         for device in recipients {
             parties.recipients.push(Party::new(device, keys).await?);
@@ -56,7 +62,15 @@ impl Parties {
                 let bundle = bundle(&api.bundle(device, &recipients[peer]).await?)?;
                 let to = &parties.recipients[peer].address;
                 let store = &mut party.store;
-                process_prekey_bundle(to, &mut store.session_store, &mut store.identity_store, &bundle, SystemTime::now(), &mut rand::rng()).await?;
+                process_prekey_bundle(
+                    to,
+                    &mut store.session_store,
+                    &mut store.identity_store,
+                    &bundle,
+                    SystemTime::now(),
+                    &mut rand::rng(),
+                )
+                .await?;
             }
             parties.senders.push(party);
         }
@@ -75,7 +89,14 @@ impl Parties {
     }
 
     /// What a recipient was sent.
-    pub fn decrypt(&mut self, recipient: usize, sender_account: &[u8], sender_device: u32, kind: u8, content: &[u8]) -> anyhow::Result<Vec<u8>> {
+    pub fn decrypt(
+        &mut self,
+        recipient: usize,
+        sender_account: &[u8],
+        sender_device: u32,
+        kind: u8,
+        content: &[u8],
+    ) -> anyhow::Result<Vec<u8>> {
         let from = address(sender_account, sender_device)?;
         let message = match kind {
             2 => CiphertextMessage::SignalMessage(SignalMessage::try_from(content)?),

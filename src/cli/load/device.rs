@@ -161,7 +161,8 @@ impl Sending {
     fn repeat_all(&mut self) {
         self.later.clear();
         self.repeat.clear();
-        self.repeat.extend(self.slots.iter().zip(self.base..).filter(|(slot, _)| matches!(slot, Slot::Waiting { .. })).map(|(_, number)| number));
+        self.repeat
+            .extend(self.slots.iter().zip(self.base..).filter(|(slot, _)| matches!(slot, Slot::Waiting { .. })).map(|(_, number)| number));
         self.repeats += self.repeat.len() as u64;
     }
 
@@ -198,11 +199,6 @@ impl Session {
     /// The sending half.
     pub fn sending(&self) -> Option<&Sending> {
         self.sending.as_ref()
-    }
-
-    /// The sending half, for the HTTP lanes.
-    pub fn sending_mut(&mut self) -> Option<&mut Sending> {
-        self.sending.as_mut()
     }
 
     /// Whether something is owed or could be repeated: the tick looks closer then.
@@ -376,5 +372,174 @@ impl Device {
                 break;
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::rc::Rc;
+
+    use bytes::Bytes;
+    use prost::Message as _;
+
+    use super::super::api::Registered;
+    use super::super::audit::Routes;
+    use super::super::engine::Setup;
+    use super::super::wire::Target;
+    use super::*;
+    use crate::wire::stream::{self, client_frame, server_frame};
+
+    fn registered(byte: u8) -> Registered {
+        let target = Target { account: [byte; 16], device: 1, registration: 7 };
+        Registered { target, account_id: String::new(), credential: String::new() }
+    }
+
+    /// One sender, one recipient, two in flight, driven by hand.
+    async fn world(window: u64) -> Rc<World> {
+        let devices = vec![Device::new(Session::new(0, false, Some(Sending::new(u64::MAX)))), Device::new(Session::new(0, true, None))];
+        World::new(Setup {
+            server: &"http://127.0.0.1:1".parse().unwrap(),
+            senders: &[registered(1)],
+            recipients: &[registered(2)],
+            devices,
+            routes: Routes { recipients: 1, peers: 1 },
+            window,
+            payload: 100,
+            rate: None,
+            by_http: false,
+            eager_acks: false,
+            crypto: None,
+        })
+        .await
+        .unwrap()
+    }
+
+    /// What a device would write now, as its frames.
+    fn written(world: &World, at: usize, tick: bool) -> Vec<client_frame::Frame> {
+        world.device(at, |device| {
+            device.fill(world, tick);
+            let bytes = device.outbox.pending().to_vec();
+            device.outbox.advance(bytes.len());
+            let mut frames = Vec::new();
+            let mut rest = &bytes[..];
+            while !rest.is_empty() {
+                let (header, len) = match rest[1] & 0x7f {
+                    126 => (4, usize::from(u16::from_be_bytes([rest[2], rest[3]]))),
+                    len => (2, usize::from(len)),
+                };
+                let mask = &rest[header..header + 4];
+                let payload: Vec<u8> =
+                    rest[header + 4..header + 4 + len].iter().zip(mask.iter().cycle()).map(|(byte, mask)| byte ^ mask).collect();
+                frames.extend(stream::ClientBatch::decode(&payload[..]).unwrap().frames.into_iter().filter_map(|frame| frame.frame));
+                rest = &rest[header + 4 + len..];
+            }
+            frames
+        })
+    }
+
+    fn sent(world: &World, tick: bool) -> Vec<(u64, u64)> {
+        let number = |frame| match frame {
+            client_frame::Frame::Send(send) => Some((send.request_id, send.client_message_id)),
+            client_frame::Frame::Ack(_) => None,
+        };
+        written(world, 0, tick).into_iter().filter_map(number).collect()
+    }
+
+    fn tell(world: &World, at: usize, frame: server_frame::Frame) {
+        let batch = stream::ServerBatch { frames: vec![stream::ServerFrame { frame: Some(frame) }] }.encode_to_vec();
+        let mut bytes = vec![0x82, 126];
+        bytes.extend_from_slice(&(batch.len() as u16).to_be_bytes());
+        bytes.extend_from_slice(&batch);
+        world.device(at, |device| device.arrived(world, &bytes)).unwrap();
+    }
+
+    fn answer(request_id: u64, code: stream::Code) -> server_frame::Frame {
+        server_frame::Frame::Result(stream::SendResult { request_id, code: code as i32, ..Default::default() })
+    }
+
+    fn connect(world: &World, at: usize) {
+        world.device(at, |device| device.connected());
+        tell(world, at, server_frame::Frame::Hello(stream::Hello::default()));
+    }
+
+    #[tokio::test]
+    async fn a_sender_keeps_to_its_window_and_repeats_what_was_not_answered() {
+        let world = world(3).await;
+        world.begin();
+        assert_eq!(sent(&world, false), [], "not before Hello");
+        connect(&world, 0);
+        assert_eq!(sent(&world, false), [(1, 1), (2, 2), (3, 3)]);
+        tell(&world, 0, answer(2, stream::Code::Ok));
+        assert_eq!(sent(&world, false), [(4, 4)]);
+        connect(&world, 0);
+        assert_eq!(sent(&world, false), [(1, 1), (3, 3), (4, 4)], "after a lost connection, with the same ids");
+        for request in [1, 3, 4, 4, 2] {
+            tell(&world, 0, answer(request, stream::Code::Ok));
+        }
+        assert_eq!(world.audit.borrow().accepted, 4, "an answer counts once");
+        world.end();
+        assert_eq!(sent(&world, false), []);
+    }
+
+    #[tokio::test]
+    async fn refusals_are_repeated_or_final_as_the_schema_says() {
+        let world = world(2).await;
+        world.begin();
+        connect(&world, 0);
+        assert_eq!(sent(&world, false).len(), 2);
+        tell(&world, 0, answer(1, stream::Code::OutcomeUnknown));
+        tell(&world, 0, answer(2, stream::Code::Blocked));
+        assert_eq!(sent(&world, true), [(3, 3)], "the repeat waits a little, the final one made room");
+        tokio::time::sleep(std::time::Duration::from_millis(6)).await;
+        world.look();
+        assert_eq!(sent(&world, true), [(1, 1)]);
+        world.device(0, |device| {
+            let sending = device.session.sending().unwrap();
+            assert_eq!((sending.waiting(), sending.repeats, sending.refused.get(&4)), (2, 1, Some(&1)));
+        });
+    }
+
+    #[tokio::test]
+    async fn ids_never_run_ahead_of_the_servers_window() {
+        let world = world(1_000).await;
+        world.begin();
+        connect(&world, 0);
+        let first = sent(&world, false).len() as u64;
+        assert_eq!(first, world.routes.spread_max() + 1);
+        tell(&world, 0, answer(2, stream::Code::Ok));
+        assert_eq!(sent(&world, false), [], "the oldest is still unanswered");
+        tell(&world, 0, answer(1, stream::Code::Ok));
+        assert_eq!(sent(&world, false).len(), 2);
+    }
+
+    fn envelope(seq: u64, content: Vec<u8>) -> server_frame::Frame {
+        server_frame::Frame::Envelope(stream::Envelope {
+            seq,
+            r#type: 2,
+            content: content.into(),
+            sender_account: Bytes::from_static(&[1; 16]),
+            ..Default::default()
+        })
+    }
+
+    #[tokio::test]
+    async fn a_recipient_acknowledges_and_tells_a_second_delivery_from_a_duplicate() {
+        let world = world(2).await;
+        world.begin();
+        connect(&world, 0);
+        connect(&world, 1);
+        let content = |number| [&Stamp { sender: 0, number, at_us: 0 }.to_bytes()[..], &world.template].concat();
+        tell(&world, 1, envelope(10, content(1)));
+        tell(&world, 1, envelope(12, content(2)));
+        assert_eq!(written(&world, 1, false), [], "few items wait for the tick");
+        assert_eq!(written(&world, 1, true), [client_frame::Frame::Ack(stream::Ack { seq: 12 })]);
+        connect(&world, 1);
+        tell(&world, 1, envelope(12, content(2)));
+        assert_eq!((world.counters.redelivered.get(), world.audit.borrow().duplicates), (1, 0), "dropped by seq, as a client does");
+        tell(&world, 1, envelope(13, content(2)));
+        tell(&world, 1, envelope(14, content(3)[..40].to_vec()));
+        tell(&world, 1, envelope(11, content(3)));
+        let audit = world.audit.borrow();
+        assert_eq!((audit.delivered, audit.duplicates, audit.corrupt, world.counters.disorder.get()), (2, 1, 1, 1));
     }
 }

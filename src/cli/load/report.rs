@@ -116,7 +116,7 @@ impl Report {
 
     fn table(&self) -> Table {
         let mut table = Table::new();
-        table.load_preset(presets::UTF8_HORIZONTAL_ONLY);
+        table.load_style(presets::UTF8_HORIZONTAL_ONLY);
         let mut row = |name: &str, value: String| {
             table.add_row([Cell::new(name), Cell::new(value).set_alignment(CellAlignment::Right)]);
         };
@@ -202,6 +202,9 @@ mod tests {
 
     #[test]
     fn numbers_are_grouped() {
-        assert_eq!((grouped(0), grouped(999), grouped(1_000), grouped(12_345_678)), ("0".into(), "999".into(), "1,000".into(), "12,345,678".into()));
+        assert_eq!(
+            (grouped(0), grouped(999), grouped(1_000), grouped(12_345_678)),
+            ("0".into(), "999".into(), "1,000".into(), "12,345,678".into())
+        );
     }
 }

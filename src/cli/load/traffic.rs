@@ -119,9 +119,12 @@ pub(super) async fn stage(plan: &Plan, eager_acks: bool, progress: &Progress) ->
     let rss_before = meter.resident_bytes();
     let keys = Keyset::generate()?;
     let all = plan.senders + plan.recipients;
-    let senders = api.register_many("s", plan.senders, &keys, 0, |done| progress.say(|| format!("registered {done} of {all} devices"))).await?;
+    let senders =
+        api.register_many("s", plan.senders, &keys, 0, |done| progress.say(|| format!("registered {done} of {all} devices"))).await?;
     let recipients = api
-        .register_many("r", plan.recipients, &keys, 0, |done| progress.say(|| format!("registered {} of {all} devices", plan.senders + done)))
+        .register_many("r", plan.recipients, &keys, 0, |done| {
+            progress.say(|| format!("registered {} of {all} devices", plan.senders + done))
+        })
         .await?;
     let crypto = match plan.crypto {
         true => {
@@ -307,7 +310,8 @@ pub async fn run(plan: Plan, progress: Progress) -> anyhow::Result<Report> {
     drain(&plan, &world, &progress).await?;
 
     let mut report = summary(&plan, &world);
-    let by_message = |before: Option<f64>, after: Option<f64>| Some((after? - before?) * 1e6 / delivered as f64).filter(|us| us.is_finite());
+    let by_message =
+        |before: Option<f64>, after: Option<f64>| Some((after? - before?) * 1e6 / delivered as f64).filter(|us| us.is_finite());
     report.seconds = seconds;
     report.delivered_per_s = Some(delivered as f64 / seconds);
     report.accepted_per_s = Some(accepted as f64 / seconds);
@@ -346,7 +350,8 @@ async fn measure(plan: &Plan, world: &World, meter: &mut Meter, began: Instant, 
         if let Some(why) = world.fault() {
             bail!(why);
         }
-        let exhausted = plan.total.is_some() && (0..world.senders).all(|at| world.device(at, |d| d.session.sending().is_none_or(|s| s.exhausted() && s.finished())));
+        let exhausted = plan.total.is_some()
+            && (0..world.senders).all(|at| world.device(at, |d| d.session.sending().is_none_or(|s| s.exhausted() && s.finished())));
         let stopped = plan.stop.as_ref().is_some_and(|stop| stop.load(Ordering::Relaxed));
         if exhausted || stopped || began.elapsed() >= plan.length {
             return Ok(());

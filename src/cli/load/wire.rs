@@ -70,10 +70,15 @@ const LEN: u8 = 2;
 /// Appends one `Send` to a `ClientBatch`; the content comes in two parts.
 pub fn put_send(out: &mut Vec<u8>, target: &Target, request: u64, id: u64, kind: u8, head: &[u8], tail: &[u8]) {
     let content = head.len() + tail.len();
-    let envelope = 1 + varint_len(u64::from(target.device))
-        + 1 + varint_len(u64::from(target.registration))
-        + 1 + varint_len(u64::from(kind))
-        + 1 + varint_len(content as u64) + content;
+    let envelope = 1
+        + varint_len(u64::from(target.device))
+        + 1
+        + varint_len(u64::from(target.registration))
+        + 1
+        + varint_len(u64::from(kind))
+        + 1
+        + varint_len(content as u64)
+        + content;
     let send = 1 + varint_len(request) + 2 + 16 + 1 + varint_len(id) + 1 + varint_len(envelope as u64) + envelope;
     let frame = 1 + varint_len(send as u64) + send;
     out.reserve(1 + varint_len(frame as u64) + frame);
@@ -380,7 +385,13 @@ mod tests {
                 content: Bytes::from_static(b"content"),
                 ..Default::default()
             }),
-            Frame::Result(stream::SendResult { request_id: 8, code: 9, missing_devices: vec![1, 2], retry_after_ms: 250, ..Default::default() }),
+            Frame::Result(stream::SendResult {
+                request_id: 8,
+                code: 9,
+                missing_devices: vec![1, 2],
+                retry_after_ms: 250,
+                ..Default::default()
+            }),
             Frame::Receipt(stream::Receipt { seq: 301, entries: vec![entry(1, &[(1, 3), (7, 7)]), entry(3, &[(9, 9)])] }),
             Frame::QueueEmpty(stream::QueueEmpty { seq: 301 }),
             Frame::Gap(stream::Gap { from: 302, to: 305, reason: 1 }),

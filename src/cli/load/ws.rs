@@ -47,7 +47,8 @@ fn header(bytes: &[u8]) -> Result<Option<Header>, Malformed> {
         },
         len => (2, u64::from(len)),
     };
-    let payload_len = usize::try_from(payload_len).ok().filter(|&len| len <= FRAME_BYTES_MAX).ok_or(Malformed("a WebSocket frame too large"))?;
+    let payload_len =
+        usize::try_from(payload_len).ok().filter(|&len| len <= FRAME_BYTES_MAX).ok_or(Malformed("a WebSocket frame too large"))?;
     Ok(Some(Header { fin: first & 0x80 != 0, opcode: first & 0x0f, header_len, payload_len }))
 }
 
@@ -152,11 +153,6 @@ impl Outbox {
     /// Gives a ping its bytes back.
     pub fn pong(&mut self, bytes: &[u8]) {
         self.frame(PONG, |out| out.extend_from_slice(bytes), true);
-    }
-
-    /// Says good-bye.
-    pub fn close(&mut self) {
-        self.frame(CLOSE, |out| out.extend_from_slice(&1000u16.to_be_bytes()), true);
     }
 
     fn frame(&mut self, opcode: u8, payload: impl FnOnce(&mut Vec<u8>), also_empty: bool) {
