@@ -14,6 +14,12 @@ pub const IDENTITIES_PER_ACCOUNT: usize = 8;
 pub const BLOCKS_PER_ACCOUNT: usize = 1_000;
 /// A device's display name, in characters.
 pub const DEVICE_NAME_CHARS: usize = 64;
+/// Accounts whose devices, blocks and at-rest key an edge keeps in memory; the least used go past that.
+pub const CACHED_ACCOUNTS: usize = 50_000;
+/// Directory changes of one edge that may wait for their verdict; past that changes are refused (503).
+pub const DIRECTORY_WAITERS: usize = 4_096;
+/// How long an edge waits for the verdict on a directory change before it answers `outcome_unknown`.
+pub const VERDICT_MS: u64 = 10_000;
 
 /// One envelope's ciphertext, in bytes.
 pub const ENVELOPE_BYTES: usize = 256 * 1024;
@@ -30,6 +36,8 @@ pub const SEND_BODY_BYTES: usize = SEND_BYTES / 3 * 4 + 64 * 1024;
 pub const PREKEYS_PER_UPLOAD: usize = 100;
 /// One-time prekeys kept for a device, of each kind.
 pub const PREKEYS_PER_DEVICE: usize = 1_000;
+/// Calls that may wait for the key store's next commit; more wait in front of the queue. An upload is the largest, 170 KB.
+pub const KEY_STORE_QUEUE: usize = 256;
 /// Below this many left the device is told to refill.
 pub const PREKEYS_LOW_WATER: usize = 20;
 

@@ -194,8 +194,11 @@ pub struct DirectoryWrite {
     pub accounts: Vec<AccountRecord>,
     /// Devices' prekeys as they are now; `None`: gone.
     pub keys: Vec<(DeviceAddr, Option<DeviceKeys>)>,
-    /// Links of identities; `None`: gone.
-    pub identities: Vec<(Identity, Option<AccountId>)>,
+    /// Links that are there now.
+    pub linked: Vec<(Identity, AccountId)>,
+    /// Links that are gone. A link belongs to its account: taking one away never touches another account's link of the same
+    /// identity, so that the partitions of `directory` may be replayed in any interleaving.
+    pub unlinked: Vec<(Identity, AccountId)>,
 }
 
 /// Accounts, devices and long-lived public keys. Written only by the projector.
