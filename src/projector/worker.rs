@@ -21,7 +21,7 @@ use crate::projector::apply::{Needs, Projection, Step};
 use crate::projector::directory;
 use crate::projector::push::{Push, PushBus};
 use crate::store::{DeliveryStore, DeliveryWrite, DirectoryStore, KeyStore, MarkKey, StoreError};
-use crate::wire::event::{self, InboxEvent, ReceiptKind};
+use crate::wire::event::{self, DirectoryCommand, InboxEvent, ReceiptKind};
 
 /// The consumer group of the projectors.
 pub const GROUP: &str = "projector";
@@ -308,21 +308,22 @@ impl Worker {
         Ok(())
     }
 
+    /// The order is that of `projector::directory`: a crash repeats steps and loses none.
     async fn directory(&mut self, tp: TopicPartition, batch: &[Record]) -> Result<(), WorkerError> {
-        for record in batch {
-            let command = event::decode_owned(&record.payload).map_err(|source| undecodable(tp, record, source))?;
-            let parts = &self.parts;
-            let position = (tp.partition, record.offset.next());
-            let applied = retry(|| directory::apply_record(parts.directory.as_ref(), parts.keys.as_ref(), &command, position)).await?;
-            for event in applied.inbox_events() {
-                let account = applied.account;
-                let inbox =
-                    TopicPartition { topic: Topic::Inbox, partition: Partition::of(&account, self.parts.log.partitions(Topic::Inbox)) };
-                self.append(inbox, event::encode(&event)).await?;
-            }
-            self.projection.broadcasts.push(Push::AccountChanged { account: applied.account });
-            if let Some(request) = applied.reply_to {
-                self.projection.pushes.push((request.edge, Push::Verdict { request, verdict: applied.verdict }));
+        let Some(last) = batch.last() else { return Ok(()) };
+        let decode = |record: &Record| event::decode_owned(&record.payload).map_err(|source| undecodable(tp, record, source));
+        let commands = batch.iter().map(decode).collect::<Result<Vec<DirectoryCommand>, _>>()?;
+        let parts = &self.parts;
+        let plan = retry(|| directory::plan(parts.directory.as_ref(), tp.partition, last.offset.next(), &commands)).await?;
+        for (account, event) in plan.inbox_events() {
+            let partition = Partition::of(&account, parts.log.partitions(Topic::Inbox));
+            self.append(TopicPartition { topic: Topic::Inbox, partition }, event::encode(&event)).await?;
+        }
+        retry(|| plan.commit(parts.directory.as_ref(), parts.keys.as_ref())).await?;
+        self.projection.broadcasts.extend(plan.changed().map(|account| Push::AccountChanged { account }));
+        for outcome in plan.outcomes {
+            if let Some(request) = outcome.reply_to {
+                self.projection.pushes.push((request.edge, Push::Verdict { request, verdict: outcome.verdict }));
             }
         }
         Ok(())

@@ -197,16 +197,14 @@ impl Removal<'_> {
     }
 
     /// Everything up to a cursor that is stored already was dropped when it was stored: the scan starts behind it
-    /// and never walks over the remains.
+    /// and never walks over the remains. A drop to before that cursor is after items that were put early, ahead of a position that
+    /// a crash then took back: it looks everywhere.
     fn up_to(&mut self, device: DeviceAddr, to: Seq) -> Result<(), StoreError> {
         let stored = self.view.inboxes.get(keyspace::device(device)).map_err(unavailable)?;
         let stored = stored.map(|value| keyspace::decode_inbox(&value)).transpose()?.unwrap_or_default();
-        let from = stored.cursor.max(stored.expired_to);
-        if from >= to {
-            return Ok(());
-        }
-        let range = keyspace::pending(device, Seq(from.0 + 1))..=keyspace::pending(device, to);
-        keys_of(self.view.pending.range(range), &mut self.pending)
+        let settled = stored.cursor.max(stored.expired_to);
+        let from = if settled < to { Seq(settled.0 + 1) } else { Seq::ZERO };
+        keys_of(self.view.pending.range(keyspace::pending(device, from)..=keyspace::pending(device, to)), &mut self.pending)
     }
 
     fn pending_rows(&mut self, rows: fjall::Iter) -> Result<(), StoreError> {

@@ -185,6 +185,9 @@ enum Table {
     Claims,
 }
 
+/// A one-time prekey as it is stored.
+type Row = ([u8; 22], Vec<u8>);
+
 /// Calls that are committed together. `changes` holds what they changed so far, seen by the ones behind.
 struct Group<'a> {
     state: &'a State,
@@ -248,7 +251,7 @@ impl Group<'_> {
             if pool.count > 0 {
                 let (mut from, to) = (keyspace::one_time(device, kind, pool.low), keyspace::one_time(device, kind, u32::MAX));
                 while let Some((key, _)) = self.lowest(&from, &to)? {
-                    gone.push(key.clone());
+                    gone.push(key);
                     let Some(next) = next_key(&key) else { break };
                     from = next;
                 }
@@ -314,7 +317,7 @@ impl Group<'_> {
     }
 
     /// The first one-time prekey in the range, changes of this group included.
-    fn lowest(&self, from: &[u8; 22], to: &[u8; 22]) -> Result<Option<([u8; 22], Vec<u8>)>, StoreError> {
+    fn lowest(&self, from: &[u8; 22], to: &[u8; 22]) -> Result<Option<Row>, StoreError> {
         let fits = |key: &[u8]| <[u8; 22]>::try_from(key).map_err(|_| StoreError::Corrupt("a one-time prekey's key".into()));
         let changed = self
             .changes

@@ -253,12 +253,15 @@ struct Writer {
     failed: Option<String>,
 }
 
+/// Where an answer goes, and what it is if the sync succeeds.
+type Answer<T> = (oneshot::Sender<Result<T, StoreError>>, Result<T, StoreError>);
+
 /// What a group changed and nobody knows of yet.
 #[derive(Default)]
 struct Group {
     places: HashMap<AccountId, (Place, Option<SealKey>)>,
-    created: Vec<(oneshot::Sender<Result<Option<SealKey>, StoreError>>, Result<Option<SealKey>, StoreError>)>,
-    destroyed: Vec<(oneshot::Sender<Result<(), StoreError>>, Result<(), StoreError>)>,
+    created: Vec<Answer<Option<SealKey>>>,
+    destroyed: Vec<Answer<()>>,
 }
 
 impl Writer {
