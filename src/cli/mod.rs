@@ -1,4 +1,5 @@
 //! One file a subcommand.
 
+pub mod child;
 pub mod load;
 pub mod token;
