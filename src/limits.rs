@@ -67,6 +67,22 @@ pub const SERVER_FRAME_TARGET_BYTES: usize = 64 * 1024;
 pub const RECORD_BYTES: usize = SEND_BYTES + 64 * 1024;
 /// Bytes waiting for the log's next commit; past that appends are refused (503).
 pub const LOG_QUEUE_BYTES: usize = 64 * 1024 * 1024;
+/// Bytes of one commit of the log: one write and one sync; a single larger record goes alone.
+pub const LOG_CHUNK_BYTES: usize = 4 * 1024 * 1024;
+/// Recent records that the log keeps in memory for consumers that keep up; older ones are read from disk.
+pub const LOG_TAIL_BYTES: usize = 64 * 1024 * 1024;
+/// Recent records that the log keeps in memory although every consumer has had them.
+pub const LOG_TAIL_KEPT_BYTES: usize = 2 * 1024 * 1024;
+/// Bytes that a consumer of the log is given at once.
+pub const LOG_BATCH_BYTES: usize = 4 * 1024 * 1024;
+/// Partitions of one topic of the embedded log.
+pub const LOG_PARTITIONS: u16 = 1_024;
+/// Consumer groups of the embedded log; each holds retention back.
+pub const LOG_GROUPS: usize = 64;
+/// Consumers of one group.
+pub const LOG_GROUP_MEMBERS: usize = 256;
+/// Old segments whose file and index stay open for readers that lag.
+pub const LOG_OPEN_SEGMENTS: usize = 4;
 /// Bytes a coalescing window may hold in memory before it is written early.
 pub const WINDOW_BYTES: usize = 64 * 1024 * 1024;
 /// How long an envelope may stay in memory only (the log has it) before it is written to the store.

@@ -1,0 +1,96 @@
+//! What the threads of one log share.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use parking_lot::Mutex;
+
+use crate::log::embedded::keeper::Keeper;
+use crate::log::embedded::options::Options;
+use crate::log::embedded::queue::Queue;
+use crate::log::embedded::reader::OpenSegments;
+use crate::log::embedded::spare::Spare;
+use crate::log::embedded::view::View;
+use crate::log::{AppendError, ReadError, TopicPartition};
+
+/// See the module.
+pub(super) struct Shared {
+    pub options: Options,
+    /// The log's own random number, in every segment.
+    pub log: u64,
+    pub queue: Queue,
+    pub view: Mutex<View>,
+    pub spare: Spare,
+    pub keeper: Keeper,
+    pub open: Mutex<OpenSegments>,
+    unavailable: Mutex<Option<AppendError>>,
+    commits: AtomicU64,
+    records: AtomicU64,
+    bytes: AtomicU64,
+}
+
+/// Counters since the log was opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stats {
+    /// Writes and syncs.
+    pub commits: u64,
+    /// Records in them.
+    pub records: u64,
+    /// Bytes written by them.
+    pub bytes: u64,
+}
+
+impl Shared {
+    pub fn new(options: Options, log: u64, view: View, spare: Spare) -> Self {
+        Self {
+            queue: Queue::new(options.queue_bytes),
+            options,
+            log,
+            view: Mutex::new(view),
+            spare,
+            keeper: Keeper::default(),
+            open: Mutex::new(OpenSegments::default()),
+            unavailable: Mutex::new(None),
+            commits: AtomicU64::new(0),
+            records: AtomicU64::new(0),
+            bytes: AtomicU64::new(0),
+        }
+    }
+
+    /// The partition's slot.
+    pub fn slot(&self, of: TopicPartition) -> Result<u32, ReadError> {
+        self.options.partitions.slot(of).map(|slot| slot as u32).ok_or(ReadError::NoSuchPartition)
+    }
+
+    /// How large the segment after one of this size is.
+    pub fn next_size(&self, size: u64) -> u64 {
+        next_size(size, self.options.segment_bytes)
+    }
+
+    /// Whether the last attempt to get a segment failed.
+    pub fn set_unavailable(&self, error: Option<AppendError>) {
+        *self.unavailable.lock() = error;
+    }
+
+    pub fn health(&self) -> Result<(), AppendError> {
+        self.queue.check()?;
+        self.unavailable.lock().clone().map_or(Ok(()), Err)
+    }
+
+    /// Counts a commit.
+    pub fn committed(&self, records: u64, bytes: u64) {
+        self.commits.fetch_add(1, Ordering::Relaxed);
+        self.records.fetch_add(records, Ordering::Relaxed);
+        self.bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    pub fn stats(&self) -> Stats {
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        Stats { commits: get(&self.commits), records: get(&self.records), bytes: get(&self.bytes) }
+    }
+}
+
+/// Segments grow with the log, so that a fresh server writes little.
+pub(super) fn next_size(size: u64, max: u64) -> u64 {
+    use crate::log::embedded::format::{PAGE, align};
+    align(size.saturating_mul(4).min(max), PAGE)
+}
