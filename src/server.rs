@@ -1,1 +1,400 @@
-//! (under construction)
+//! The composition root: the only place that chooses implementations and starts threads.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::num::NonZeroU32;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+use crate::auth::Authenticator;
+use crate::auth::dev::{DevError, DevRealm};
+use crate::auth::jwks::JwksError;
+use crate::auth::realm::Realms;
+use crate::clock::{Clock, Random, SystemClock, SystemRandom};
+use crate::config::{Config, ConfigError};
+use crate::delivery::hub::Hub;
+use crate::delivery::inbox::Inboxes;
+use crate::delivery::sending::Acceptor;
+use crate::directory::Directory;
+use crate::edge::serve::{Listener, Options as ServeOptions, ServeError, serve};
+use crate::edge::{EdgeState, Health, Parts, router};
+use crate::ids::{EdgeId, Offset, Partition};
+use crate::keys::KeyService;
+use crate::log::embedded::{EmbeddedLog, OpenError as LogOpenError, Options as LogOptions, PartitionCounts, Retention};
+use crate::log::{AppendError, EventLog, Topic, TopicPartition};
+use crate::metrics;
+use crate::projector::push::{Push, PushBus};
+use crate::projector::worker::{Pace, Parts as WorkerParts, Progress, Worker, WorkerError};
+use crate::store::embedded::{EmbeddedStore, OpenError as StoreOpenError, Options as StoreOptions};
+use crate::store::{DeliveryStore, DirectoryStore, KeyStore, StoreError};
+
+/// Why a broker did not start, or stopped by itself. Each says what to do.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("{0}")]
+pub struct ServerError(String);
+
+macro_rules! from_errors {
+    ($($error:ty),*) => {$(
+        impl From<$error> for ServerError {
+            fn from(error: $error) -> Self {
+                Self(error.to_string())
+            }
+        }
+    )*};
+}
+from_errors!(ConfigError, LogOpenError, StoreOpenError, ServeError, DevError, JwksError, WorkerError, StoreError, std::io::Error);
+
+/// A running broker on the embedded profile. Stop it with [`Broker::stop`]; dropping it ends it like a crash would.
+pub struct Broker {
+    url: String,
+    address: SocketAddr,
+    hub: Arc<Hub>,
+    log: Arc<dyn EventLog>,
+    drain: CancellationToken,
+    drain_time: Duration,
+    serving: JoinHandle<()>,
+    tasks: Vec<JoinHandle<()>>,
+    projector: Option<std::thread::JoinHandle<()>>,
+    stop_edge: watch::Sender<bool>,
+    stop_projector: watch::Sender<bool>,
+    failed: watch::Receiver<Option<ServerError>>,
+}
+
+struct Opened {
+    log: Arc<dyn EventLog>,
+    store: Arc<EmbeddedStore>,
+}
+
+fn open(config: &Config, discard_view: bool) -> Result<Opened, ServerError> {
+    std::fs::create_dir_all(&config.data)
+        .map_err(|error| ServerError(format!("the folder {} can't be made: {error}", config.data.display())))?;
+    let log = EmbeddedLog::open(log_options(config))?;
+    let store = EmbeddedStore::open(&config.data.join("store"), StoreOptions { discard_view, ..StoreOptions::default() })?;
+    Ok(Opened { log, store })
+}
+
+fn log_options(config: &Config) -> LogOptions {
+    let defaults = PartitionCounts::default();
+    LogOptions {
+        partitions: PartitionCounts { inbox: config.partitions.inbox, directory: config.partitions.directory, ..defaults },
+        segment_bytes: config.log.segment_bytes,
+        retention: Retention {
+            age_ms: Some(u64::from(config.log.retention_days) * 24 * 3600 * 1000),
+            bytes: Some(config.log.retention_bytes).filter(|bytes| *bytes > 0),
+        },
+        ..LogOptions::new(config.data.join("log"))
+    }
+}
+
+fn dev_realm(config: &Config, random: &dyn Random) -> Result<Option<DevRealm>, ServerError> {
+    if !config.dev_mode() {
+        DevRealm::remove(&config.data)?;
+        return Ok(None);
+    }
+    tracing::warn!("DEVELOPMENT MODE is on: anybody who reaches this broker can be anybody, and rate limits are off");
+    Ok(Some(DevRealm::open(&config.data, random)?))
+}
+
+impl Broker {
+    /// Starts all roles and returns once the broker serves: the projector has caught up, the socket is open.
+    pub async fn start(config: Config) -> Result<Self, ServerError> {
+        config.validate()?;
+        let config = Arc::new(config);
+        let clock: Arc<dyn Clock> = Arc::new(SystemClock);
+        let random: Arc<dyn Random> = Arc::new(SystemRandom);
+        let exporter = metrics::install();
+        let opening = Arc::clone(&config);
+        let Opened { log, store } =
+            tokio::task::spawn_blocking(move || open(&opening, false)).await.map_err(|error| ServerError(error.to_string()))??;
+        let dev = dev_realm(&config, random.as_ref())?;
+        let realms = Arc::new(Realms::open(&config.realms, dev.as_ref(), Arc::clone(&clock)).await?);
+        let listener = Listener::bind(&config).await?;
+        let address = listener.address();
+        let url = format!("{}://{address}", listener.scheme());
+
+        let edge = EdgeId::random(random.as_ref());
+        let directory = Arc::new(Directory::new(edge, Arc::clone(&log), store.clone(), store.clone(), Arc::clone(&clock), Arc::clone(&random)));
+        let rates = config.rates();
+        let acceptor = Arc::new(Acceptor::new(
+            Arc::clone(&log),
+            Arc::clone(&directory),
+            store.clone(),
+            Arc::clone(&clock),
+            Arc::clone(&random),
+            NonZeroU32::new(rates.messages_per_device_per_s),
+        ));
+        let hub = Arc::new(Hub::new(edge, Arc::clone(&log), store.clone(), Arc::clone(&directory), Arc::clone(&acceptor), Arc::clone(&random)));
+        let parts = WorkerParts {
+            log: Arc::clone(&log),
+            delivery: store.clone(),
+            directory: store.clone(),
+            keys: store.clone(),
+            bus: Arc::clone(&hub) as Arc<dyn PushBus>,
+            clock: Arc::clone(&clock),
+        };
+        let (stop_projector, projector_stops) = watch::channel(false);
+        let (failing, failed) = watch::channel(None);
+        let (projector, progress) = spawn_projector(parts, projector_stops, failing.clone())?;
+        wait_until_caught_up(progress.clone(), failed.clone()).await?;
+
+        let keys = Arc::new(KeyService::new(store.clone(), store.clone(), &rates, Arc::clone(&hub) as _));
+        let health = Arc::new(BrokerHealth { log: Arc::clone(&log), progress, hub: Arc::clone(&hub) });
+        let state = EdgeState::new(Parts {
+            config: Arc::clone(&config),
+            clock,
+            random,
+            auth: Authenticator::new(Arc::clone(&directory) as _),
+            realms: Arc::clone(&realms),
+            dev: dev.map(Arc::new),
+            directory,
+            keys,
+            sending: acceptor,
+            inbox: Arc::new(Inboxes(Arc::clone(&hub))),
+            hub: Arc::clone(&hub),
+            health,
+            exporter,
+        });
+        let drain = CancellationToken::new();
+        let (stop_edge, edge_stops) = watch::channel(false);
+        let tasks = vec![
+            tokio::spawn(Arc::clone(&hub).run_acks(edge_stops.clone())),
+            tokio::spawn(Arc::clone(&hub).run_heartbeat(edge_stops)),
+            tokio::spawn(watch_log(Arc::clone(&log), failing)),
+            tokio::spawn({
+                let until = drain.clone();
+                async move { realms.keep_fresh(until).await }
+            }),
+        ];
+        let serving = tokio::spawn(serve(listener, router::router(state), ServeOptions::from(config.as_ref()), drain.clone()));
+        Ok(Self {
+            url,
+            address,
+            hub,
+            log,
+            drain,
+            drain_time: Duration::from_millis(config.timeouts.drain_ms),
+            serving,
+            tasks,
+            projector: Some(projector),
+            stop_edge,
+            stop_projector,
+            failed,
+        })
+    }
+
+    /// Where it listens, as a URL.
+    pub fn url(&self) -> String {
+        self.url.clone()
+    }
+
+    /// Where it listens.
+    pub const fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Waits until something fails that only a restart can mend.
+    pub async fn failed(&self) -> ServerError {
+        let mut failed = self.failed.clone();
+        match failed.wait_for(Option::is_some).await {
+            Ok(error) => error.clone().expect("waited for it"),
+            Err(_) => std::future::pending().await,
+        }
+    }
+
+    /// Drains: no new connections, streams told to go elsewhere, acknowledgements and the coalescing window written, log closed.
+    pub async fn stop(mut self) {
+        self.drain.cancel();
+        self.hub.drain(self.drain_time).await;
+        if tokio::time::timeout(self.drain_time, &mut self.serving).await.is_err() {
+            self.serving.abort();
+        }
+        self.stop_edge.send_replace(true);
+        self.stop_projector.send_replace(true);
+        if let Some(projector) = self.projector.take() {
+            // The projector's last flush may wait for the disk; the runtime must not.
+            let _ = tokio::task::spawn_blocking(move || projector.join()).await;
+        }
+        for task in self.tasks.drain(..) {
+            task.abort();
+            let _ = task.await;
+        }
+        self.log.close().await;
+    }
+}
+
+/// The projector has its own thread: it is the one place where all messages pass, and it must not wait behind sockets.
+fn spawn_projector(
+    parts: WorkerParts,
+    stop: watch::Receiver<bool>,
+    failing: watch::Sender<Option<ServerError>>,
+) -> Result<(std::thread::JoinHandle<()>, watch::Receiver<Progress>), ServerError> {
+    let (outer, progress) = watch::channel(Progress::default());
+    let runtime = tokio::runtime::Handle::current();
+    let work = async move {
+        while !*stop.borrow() {
+            let (worker, mut inner) = Worker::new(parts.clone(), Pace::default());
+            let forward = async {
+                while inner.changed().await.is_ok() {
+                    outer.send_replace(*inner.borrow_and_update());
+                }
+                std::future::pending::<()>().await;
+            };
+            let outcome = tokio::select! {
+                outcome = worker.run(stop.clone()) => outcome,
+                () = forward => unreachable!("forwarding never ends"),
+            };
+            outer.send_modify(|progress| progress.caught_up = false);
+            match outcome {
+                Ok(()) => return,
+                Err(error @ (WorkerError::Decode { .. } | WorkerError::Store(StoreError::Corrupt(_)))) => {
+                    tracing::error!(%error, "the projector can't go on");
+                    failing.send_replace(Some(error.into()));
+                    return;
+                }
+                Err(error) => {
+                    tracing::error!(%error, "the projector failed; it starts again from its position");
+                    tokio::time::sleep(Duration::from_secs(1)).await;
+                }
+            }
+        }
+    };
+    let thread = std::thread::Builder::new().name("projector".to_owned()).spawn(move || runtime.block_on(work))?;
+    Ok((thread, progress))
+}
+
+async fn wait_until_caught_up(
+    mut progress: watch::Receiver<Progress>,
+    mut failed: watch::Receiver<Option<ServerError>>,
+) -> Result<(), ServerError> {
+    let mut every = tokio::time::interval(Duration::from_secs(2));
+    every.tick().await;
+    loop {
+        tokio::select! {
+            caught_up = progress.wait_for(|progress| progress.caught_up) => {
+                return caught_up.map(|_| ()).map_err(|_| ServerError("the projector ended".to_owned()));
+            }
+            error = failed.wait_for(Option::is_some) => {
+                if let Some(error) = error.ok().and_then(|error| error.clone()) {
+                    return Err(error);
+                }
+            }
+            _ = every.tick() => tracing::info!("still applying what is on the log"),
+        }
+    }
+}
+
+/// A poisoned log takes nothing more until it is opened anew; the process says so and ends, for its supervisor to start it again.
+async fn watch_log(log: Arc<dyn EventLog>, failing: watch::Sender<Option<ServerError>>) {
+    let mut every = tokio::time::interval(Duration::from_millis(500));
+    loop {
+        every.tick().await;
+        if let Err(error @ AppendError::Poisoned(_)) = log.health() {
+            tracing::error!(%error, "the log can't go on");
+            failing.send_replace(Some(ServerError(format!("{error}. Check the disk, then start the broker again: it recovers what it acknowledged"))));
+            return;
+        }
+    }
+}
+
+struct BrokerHealth {
+    log: Arc<dyn EventLog>,
+    progress: watch::Receiver<Progress>,
+    hub: Arc<Hub>,
+}
+
+#[async_trait]
+impl Health for BrokerHealth {
+    async fn ready(&self) -> Result<(), String> {
+        self.log.health().map_err(|error| error.to_string())?;
+        if self.hub.is_draining() {
+            return Err("draining".to_owned());
+        }
+        if self.progress.borrow().caught_up { Ok(()) } else { Err("the projector has not caught up with the log".to_owned()) }
+    }
+}
+
+/// What a rebuild did.
+#[derive(Debug, Clone, Copy)]
+pub struct Rebuilt {
+    /// Records applied.
+    pub records: u64,
+    /// How long it took.
+    pub elapsed: Duration,
+}
+
+/// Pushes to nobody: during a rebuild no edge runs.
+struct NoEdge;
+
+impl PushBus for NoEdge {
+    fn push(&self, _: EdgeId, _: Vec<Push>) -> bool {
+        false
+    }
+    fn broadcast(&self, _: Push) {}
+}
+
+/// Drops the view and makes it anew from the log. The broker of this folder must be stopped.
+pub async fn rebuild(config: &Config, on_progress: impl Fn(u64)) -> Result<Rebuilt, ServerError> {
+    let started = std::time::Instant::now();
+    if !Path::new(&config.data).join("log").exists() {
+        return Err(ServerError(format!("{} holds no log; name the broker's folder with --data", config.data.display())));
+    }
+    let quiet = applied_positions(config).await;
+    let opening = config.clone();
+    let Opened { log, store } =
+        tokio::task::spawn_blocking(move || open(&opening, true)).await.map_err(|error| ServerError(error.to_string()))??;
+    let quiet = match quiet {
+        Some(quiet) => quiet,
+        // The old view can't be read: then everything counts as applied before. At worst receipts of its last window are missing.
+        None => ends(log.as_ref()).await?,
+    };
+    let parts = WorkerParts {
+        log: Arc::clone(&log),
+        delivery: store.clone(),
+        directory: store.clone(),
+        keys: store.clone(),
+        bus: Arc::new(NoEdge),
+        clock: Arc::new(SystemClock),
+    };
+    let (worker, _) = Worker::new(parts, Pace::default());
+    let records = worker.quiet_before(quiet).catch_up(on_progress).await?;
+    log.close().await;
+    Ok(Rebuilt { records, elapsed: started.elapsed() })
+}
+
+fn partitions(config: &Config) -> impl Iterator<Item = TopicPartition> {
+    let of = |topic, count| (0..count).map(move |number| TopicPartition { topic, partition: Partition(number) });
+    of(Topic::Inbox, config.partitions.inbox).chain(of(Topic::Directory, config.partitions.directory))
+}
+
+/// Up to where the present view was applied; `None` if it can't be read.
+async fn applied_positions(config: &Config) -> Option<HashMap<TopicPartition, Offset>> {
+    let dir = config.data.join("store");
+    let store = tokio::task::spawn_blocking(move || EmbeddedStore::open(&dir, StoreOptions::default())).await.ok()?.ok()?;
+    let mut positions = HashMap::new();
+    for tp in partitions(config) {
+        let next = match tp.topic {
+            Topic::Directory => store.directory_position(tp.partition).await.ok()?,
+            _ => store.position(tp.partition).await.ok()?,
+        };
+        positions.insert(tp, next);
+    }
+    Some(positions)
+}
+
+async fn ends(log: &dyn EventLog) -> Result<HashMap<TopicPartition, Offset>, ServerError> {
+    let mut ends = HashMap::new();
+    for topic in [Topic::Inbox, Topic::Directory] {
+        for number in 0..log.partitions(topic) {
+            let tp = TopicPartition { topic, partition: Partition(number) };
+            let (_, end) = log.bounds(tp).await.map_err(|error| ServerError(error.to_string()))?;
+            ends.insert(tp, end);
+        }
+    }
+    Ok(ends)
+}

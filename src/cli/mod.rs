@@ -1,5 +1,70 @@
-//! One file a subcommand.
+//! The command line: one file a subcommand.
 
-pub mod child;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
+
 pub mod load;
+pub mod rebuild;
+pub mod serve;
 pub mod token;
+
+/// End-to-end encrypted messaging for social platforms: a broker that can read nothing, and its clients.
+#[derive(Debug, Parser)]
+#[command(name = "sealpost", version, about, propagate_version = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    /// Log lines as JSON on stderr. What is logged is chosen by RUST_LOG (default: info for the broker, warn for the rest).
+    #[arg(long, global = true)]
+    log_json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Serve(serve::Args),
+    Load(load::Args),
+    Rebuild(rebuild::Args),
+    Token(token::Args),
+}
+
+/// Parses the arguments and runs the command.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    log_to_stderr(cli.log_json, matches!(cli.command, Command::Serve(_)));
+    // Ring for all TLS; choosing twice is harmless.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(&anyhow::Error::new(error).context("the runtime can't start")),
+    };
+    let outcome = runtime.block_on(async {
+        match cli.command {
+            Command::Serve(args) => serve::run(args).await,
+            Command::Load(args) => load::run(args).await,
+            Command::Rebuild(args) => rebuild::run(args).await,
+            Command::Token(args) => token::run(args).await,
+        }
+    });
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(&error),
+    }
+}
+
+fn fail(error: &anyhow::Error) -> ExitCode {
+    eprintln!("sealpost: {error:#}");
+    ExitCode::FAILURE
+}
+
+fn log_to_stderr(json: bool, serving: bool) {
+    let default = if serving { "info" } else { "warn" };
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
+    let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
+    if json {
+        lines.json().init();
+    } else {
+        lines.init();
+    }
+}

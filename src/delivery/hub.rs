@@ -316,3 +316,9 @@ impl Drop for Poll {
         }
     }
 }
+
+impl crate::keys::LowWater for Hub {
+    fn prekeys_low(&self, device: DeviceAddr, left: crate::keys::Counts) {
+        self.with_session(&device, None, |handle| handle.prekeys_low(left.ec as u32, left.pq as u32));
+    }
+}

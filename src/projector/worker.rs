@@ -115,6 +115,8 @@ pub struct Worker {
     window_ends: Option<Instant>,
     soon_at: Option<Instant>,
     progress: watch::Sender<Progress>,
+    /// Records before these were applied to an earlier view: what followed from them is on the log already.
+    quiet_before: HashMap<TopicPartition, Offset>,
 }
 
 impl Worker {
@@ -130,8 +132,19 @@ impl Worker {
             window_ends: None,
             soon_at: None,
             progress,
+            quiet_before: HashMap::new(),
         };
         (worker, receiver)
+    }
+
+    /// Appends nothing for records before these positions: a rebuild must not tell senders again what they were told.
+    pub fn quiet_before(mut self, positions: HashMap<TopicPartition, Offset>) -> Self {
+        self.quiet_before = positions;
+        self
+    }
+
+    fn is_quiet(&self, tp: TopicPartition, record: &Record) -> bool {
+        self.quiet_before.get(&tp).is_some_and(|before| record.offset < *before)
     }
 
     /// Works until `stop` turns true, then flushes. Returns early only with an error.
@@ -257,6 +270,9 @@ impl Worker {
             let at = Seq::at(Generation(0), record.offset);
             if let Some(step) = self.projection.apply(at, event, &record.payload) {
                 self.step(step).await?;
+            }
+            if self.is_quiet(tp, record) {
+                self.projection.take_receipts();
             }
         }
         Ok(())
