@@ -12,8 +12,8 @@ pub fn run(what: &str, loads: &[&[&str]]) {
     println!("{what}: {cores} cores shared with the load generator, embedded profile, fdatasync before each acceptance");
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     let folder = tempfile::tempdir().expect("a temporary folder");
-    let start = BrokerProcess::start(program, &folder.path().join("data"), &folder.path().join("log"));
-    let broker = runtime.block_on(start).expect("the broker starts");
+    let (data, log) = (folder.path().join("data"), folder.path().join("log"));
+    let broker = runtime.block_on(BrokerProcess::start(program, &data, &log)).expect("the broker starts");
     for load in loads {
         println!("\n$ sealpost load {}", load.join(" "));
         let status =
