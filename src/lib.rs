@@ -47,8 +47,7 @@ pub mod metrics;
 pub mod projector;
 #[cfg(feature = "server")]
 pub mod rate;
-#[cfg(feature = "server")]
-pub mod server;
+// (server: lands with the router)
 #[cfg(feature = "server")]
 pub mod store;
 #[cfg(feature = "test-util")]

@@ -5,9 +5,8 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
+pub mod child;
 pub mod load;
-pub mod rebuild;
-pub mod serve;
 pub mod token;
 
 /// End-to-end encrypted messaging for social platforms: a broker that can read nothing, and its clients.
@@ -23,16 +22,14 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    Serve(serve::Args),
     Load(load::Args),
-    Rebuild(rebuild::Args),
     Token(token::Args),
 }
 
 /// Parses the arguments and runs the command.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
-    log_to_stderr(cli.log_json, matches!(cli.command, Command::Serve(_)));
+    log_to_stderr(cli.log_json, false);
     // Ring for all TLS; choosing twice is harmless.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
@@ -41,9 +38,7 @@ pub fn main() -> ExitCode {
     };
     let outcome = runtime.block_on(async {
         match cli.command {
-            Command::Serve(args) => serve::run(args).await,
             Command::Load(args) => load::run(args).await,
-            Command::Rebuild(args) => rebuild::run(args).await,
             Command::Token(args) => token::run(args).await,
         }
     });
