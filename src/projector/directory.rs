@@ -392,6 +392,11 @@ impl Plan {
     /// returns makes the next projector plan the same commands again.
     pub async fn commit(&self, directory: &(impl DirectoryStore + ?Sized), keys: &(impl KeyStore + ?Sized)) -> Result<(), StoreError> {
         self.settle(keys).await?;
+        self.commit_view(directory).await
+    }
+
+    /// Writes the view with its position and leaves the state alone: for a rebuild, whose commands settled it long ago.
+    pub async fn commit_view(&self, directory: &(impl DirectoryStore + ?Sized)) -> Result<(), StoreError> {
         directory.write_directory(self.write.clone()).await
     }
 

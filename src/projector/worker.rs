@@ -326,11 +326,21 @@ impl Worker {
 
     /// The order is that of `projector::directory`: a crash repeats steps and loses none.
     async fn directory(&mut self, tp: TopicPartition, batch: &[Record]) -> Result<(), WorkerError> {
+        let (quiet, fresh) = batch.split_at(batch.partition_point(|record| self.is_quiet(tp, record)));
+        self.commands(tp, quiet, true).await?;
+        self.commands(tp, fresh, false).await
+    }
+
+    async fn commands(&mut self, tp: TopicPartition, batch: &[Record], quiet: bool) -> Result<(), WorkerError> {
         let Some(last) = batch.last() else { return Ok(()) };
         let decode = |record: &Record| event::decode_owned(&record.payload).map_err(|source| undecodable(tp, record, source));
         let commands = batch.iter().map(decode).collect::<Result<Vec<DirectoryCommand>, _>>()?;
         let parts = &self.parts;
         let plan = retry(|| directory::plan(parts.directory.as_ref(), tp.partition, last.offset.next(), &commands)).await?;
+        if quiet {
+            // What follows from these happened before: only the view is made anew.
+            return Ok(retry(|| plan.commit_view(parts.directory.as_ref())).await?);
+        }
         for (account, event) in plan.inbox_events() {
             let partition = Partition::of(&account, parts.log.partitions(Topic::Inbox));
             self.append(TopicPartition { topic: Topic::Inbox, partition }, event::encode(&event)).await?;
