@@ -38,7 +38,7 @@ impl Inboxes {
     async fn read(&self, device: DeviceAddr, after: Seq, items_max: usize) -> Result<Page, InboxError> {
         let hub = &self.0;
         let view = hub.directory.get(device.account).await?.filter(|view| !view.deleted).ok_or(InboxError::Unauthenticated)?;
-        let sealer = view.sealer.as_ref().ok_or(InboxError::Unauthenticated)?;
+        let sealer = view.sealer().ok_or(InboxError::Unauthenticated)?;
         let inbox = hub.delivery.inboxes(vec![device]).await?.first().copied().flatten().unwrap_or_default();
         let mut page = Page::default();
         let mut after = after.max(inbox.cursor);

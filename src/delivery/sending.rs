@@ -217,7 +217,7 @@ fn store_failed(error: crate::store::StoreError) -> SendError {
 }
 
 fn allowed<'a>(sender: DeviceAddr, request: &SendRequest, view: &'a AccountView) -> Result<&'a Sealer, SendError> {
-    let sealer = view.sealer.as_ref().filter(|_| !view.deleted).ok_or(SendError::AccountDeleted)?;
+    let sealer = view.sealer().filter(|_| !view.deleted).ok_or(SendError::AccountDeleted)?;
     if request.recipient != sender.account && view.blocked.binary_search(&sender.account).is_ok() {
         return Err(SendError::Blocked);
     }

@@ -330,7 +330,7 @@ impl Writer<'_> {
                 if item.seq <= self.last && !ephemeral {
                     return;
                 }
-                let sealer = self.view.as_ref().and_then(|view| view.sealer.as_ref());
+                let sealer = self.view.as_ref().and_then(|view| view.sealer());
                 let opened =
                     sealer.is_some_and(|sealer| self.batch.envelope(self.session.handle.device, item.seq, envelope, sealer).is_ok());
                 match (opened, ephemeral) {
