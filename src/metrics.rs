@@ -111,6 +111,8 @@ struct Handles {
     flush: Histogram,
     flushed: Counter,
     expired: Counter,
+    process_cpu: Gauge,
+    process_resident: Gauge,
 }
 
 static HANDLES: OnceLock<Handles> = OnceLock::new();
@@ -151,6 +153,8 @@ impl Handles {
             flush: histogram!("sealpost_projector_flush_seconds"),
             flushed: counter!("sealpost_projector_stored_items_total"),
             expired: counter!("sealpost_projector_expired_inboxes_total"),
+            process_cpu: gauge!("sealpost_process_cpu_seconds"),
+            process_resident: gauge!("sealpost_process_resident_bytes"),
         }
     }
 }
@@ -179,6 +183,8 @@ fn describe() {
     describe_histogram!("sealpost_projector_flush_seconds", "One write of a coalescing window to the store");
     describe_counter!("sealpost_projector_stored_items_total", "Pending items that outlived their window and were stored");
     describe_counter!("sealpost_projector_expired_inboxes_total", "Inboxes of which something expired");
+    describe_gauge!("sealpost_process_cpu_seconds", "CPU time of this process since it started; grows");
+    describe_gauge!("sealpost_process_resident_bytes", "Resident memory of this process");
 }
 
 /// Makes the process's recorder, once; later calls get the same one.
@@ -209,6 +215,36 @@ pub async fn upkeep(until: CancellationToken) {
         if let Some(exporter) = EXPORTER.get() {
             exporter.run_upkeep();
         }
+    }
+}
+
+/// What a process has used so far.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct ProcessUsage {
+    /// CPU time, of all its threads, in user and kernel mode.
+    pub cpu_seconds: f64,
+    /// Memory that is resident.
+    pub resident_bytes: u64,
+}
+
+/// What a process of this machine uses, by its id or `self`; none where there is no Linux `/proc`.
+pub fn process_usage(pid: &str) -> Option<ProcessUsage> {
+    // USER_HZ is 100 on every Linux that we run on.
+    const TICKS_PER_SECOND: f64 = 100.0;
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The command's name may hold spaces; fields are counted behind its closing bracket.
+    let mut fields = stat.rsplit_once(')')?.1.split_whitespace().skip(11).map(str::parse::<f64>);
+    let ticks = fields.next()?.ok()? + fields.next()?.ok()?;
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let kib = status.lines().find_map(|line| line.strip_prefix("VmRSS:")?.trim().strip_suffix("kB")?.trim().parse::<u64>().ok())?;
+    Some(ProcessUsage { cpu_seconds: ticks / TICKS_PER_SECOND, resident_bytes: kib * 1024 })
+}
+
+/// Looks at what this process uses; before metrics are rendered.
+pub fn observe_process() {
+    if let (Some(h), Some(usage)) = (HANDLES.get(), process_usage("self")) {
+        h.process_cpu.set(usage.cpu_seconds);
+        h.process_resident.set(usage.resident_bytes as f64);
     }
 }
 
@@ -398,6 +434,18 @@ mod tests {
             assert!(text.contains(line), "{line} in {text}");
         }
         assert!(observe_nothing_out_of_range());
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn the_process_is_looked_at() {
+        let exporter = install();
+        observe_process();
+        let text = exporter.render();
+        let resident = text.lines().find_map(|line| line.strip_prefix("sealpost_process_resident_bytes ")).expect("rendered");
+        assert!(resident.parse::<f64>().expect("a number") > 1e5, "{resident}");
+        assert!(text.contains("sealpost_process_cpu_seconds "));
+        assert_eq!(process_usage("0"), None);
     }
 
     fn observe_nothing_out_of_range() -> bool {

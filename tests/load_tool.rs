@@ -189,7 +189,9 @@ async fn fake(faults: Faults) -> url::Url {
     };
     let stream = async |State(fake): State<Fake>, headers: HeaderMap, upgrade: WebSocketUpgrade| {
         let account = account_of(&headers);
-        upgrade.on_upgrade(async move |socket| drop(fake.serve(socket, account).await))
+        upgrade.on_upgrade(async move |socket| {
+            let _ = fake.serve(socket, account).await;
+        })
     };
     let app = Router::new()
         .route("/v1/server", get(async || Json(json!({"dev": true}))))
