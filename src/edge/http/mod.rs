@@ -1,0 +1,12 @@
+//! The routes, one file a feature. A handler reads its input, calls a service, and shapes the answer; no more.
+
+pub mod account;
+pub mod blocks;
+pub mod devices;
+pub mod inbox;
+pub mod keys;
+pub mod messages;
+pub mod model;
+pub mod ops;
+pub mod server;
+pub mod stream;
