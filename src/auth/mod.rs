@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 
+use crate::directory::Directory;
 use crate::ids::DeviceAddr;
 use crate::store::StoreError;
 
@@ -19,6 +20,16 @@ use credential::Credential;
 pub trait CredentialHashes: Send + Sync + 'static {
     /// SHA-256 of the device's secret; `None` if there is no such device (any more).
     async fn credential_hash(&self, device: DeviceAddr) -> Result<Option<[u8; 32]>, StoreError>;
+}
+
+#[async_trait]
+impl CredentialHashes for Directory {
+    async fn credential_hash(&self, device: DeviceAddr) -> Result<Option<[u8; 32]>, StoreError> {
+        let view = self.get(device.account).await?;
+        let devices = view.iter().filter(|view| !view.deleted).flat_map(|view| &view.record.devices);
+        let mut found = devices.filter(|record| record.id == device.device);
+        Ok(found.next().map(|record| record.credential_hash))
+    }
 }
 
 /// Why a credential is not accepted.

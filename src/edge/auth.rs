@@ -6,6 +6,7 @@ use axum::http::header::AUTHORIZATION;
 use axum::http::request::Parts;
 use axum::middleware::Next;
 use axum::response::{IntoResponse as _, Response};
+use zeroize::Zeroizing;
 
 use crate::auth::AuthError;
 use crate::edge::EdgeState;
@@ -38,13 +39,15 @@ fn bearer(request: &Request) -> Option<&str> {
     scheme.eq_ignore_ascii_case("bearer").then_some(credential)
 }
 
-async fn device_of(state: &EdgeState, request: &Request) -> Result<DeviceAddr, AuthError> {
-    state.auth.authenticate(bearer(request).ok_or(AuthError::Refused)?).await
+async fn device_of(state: &EdgeState, credential: Option<Zeroizing<String>>) -> Result<DeviceAddr, AuthError> {
+    state.auth.authenticate(&credential.ok_or(AuthError::Refused)?).await
 }
 
 /// Lets only requests with a device's credential through, within the device's rate.
 pub async fn require_device(State(state): State<EdgeState>, mut request: Request, next: Next) -> Response {
-    let device = match device_of(&state, &request).await {
+    // A copy, since a request's body can't be lent across a wait.
+    let credential = bearer(&request).map(|text| Zeroizing::new(text.to_owned()));
+    let device = match device_of(&state, credential).await {
         Ok(device) => device,
         Err(AuthError::Store(error)) => return ApiError::from(error).into_response(),
         Err(AuthError::Refused) => return refuse(&state, &request).into_response(),

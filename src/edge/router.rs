@@ -121,10 +121,12 @@ async fn around(State(state): State<EdgeState>, mut request: Request, next: Next
     let mut response = match state.rate_limits().request_from(client) {
         Err(limited) => limited.into_response(),
         Ok(()) => {
-            let patience = state.config.request_timeout() + if long_poll { Duration::from_secs(limits::LONG_POLL_S) } else { Duration::ZERO };
+            let patience =
+                state.config.request_timeout() + if long_poll { Duration::from_secs(limits::LONG_POLL_S) } else { Duration::ZERO };
             match tokio::time::timeout(patience, next.run(request)).await {
                 Ok(response) => response,
-                Err(_) => ApiError::new(Code::OutcomeUnknown, "the request took too long; what it asked for may or may not be done").into_response(),
+                Err(_) => ApiError::new(Code::OutcomeUnknown, "the request took too long; what it asked for may or may not be done")
+                    .into_response(),
             }
         }
     };

@@ -84,7 +84,7 @@ pub(super) async fn identity_of(state: &EdgeState, token: &str) -> Result<Identi
 )]
 pub async fn get(State(state): State<EdgeState>, AuthDevice(device): AuthDevice) -> Result<Json<Account>, ApiError> {
     let record = accounts::own(&state, device).await?;
-    Ok(Json(shown(device.device.get(), &record)))
+    Ok(Json(shown(device.device.get(), &record.record)))
 }
 
 /// Another identity to link.
@@ -110,11 +110,15 @@ pub struct Link {
         (status = 503, description = "`unavailable`: the realm's keys can't be fetched now", body = ErrorBody),
     )
 )]
-pub async fn link(State(state): State<EdgeState>, AuthDevice(device): AuthDevice, Body(body): Body<Link>) -> Result<Json<Account>, ApiError> {
+pub async fn link(
+    State(state): State<EdgeState>,
+    AuthDevice(device): AuthDevice,
+    Body(body): Body<Link>,
+) -> Result<Json<Account>, ApiError> {
     let identity = identity_of(&state, &body.token).await?;
     accounts::change(&state, device.account, DirectoryChange::LinkIdentity { identity }).await?;
     let record = accounts::own(&state, device).await?;
-    Ok(Json(shown(device.device.get(), &record)))
+    Ok(Json(shown(device.device.get(), &record.record)))
 }
 
 /// Takes a link to an identity away

@@ -27,7 +27,7 @@ pub struct Blocks {
 )]
 pub async fn list(State(state): State<EdgeState>, AuthDevice(device): AuthDevice) -> Result<Json<Blocks>, ApiError> {
     let record = accounts::own(&state, device).await?;
-    Ok(Json(Blocks { accounts: record.blocked.iter().map(AccountId::to_string).collect() }))
+    Ok(Json(Blocks { accounts: record.record.blocked.iter().map(AccountId::to_string).collect() }))
 }
 
 /// Blocks an account

@@ -138,7 +138,7 @@ pub async fn register(
         account_id: addr.account.to_string(),
         device_id: addr.device.get(),
         credential: credential.to_text().to_string(),
-        identities: record.identities.iter().map(Identity::to_string).collect(),
+        identities: record.record.identities.iter().map(Identity::to_string).collect(),
     };
     Ok((StatusCode::CREATED, Json(answer)))
 }

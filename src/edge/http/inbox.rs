@@ -143,9 +143,7 @@ fn shown(item: api::Item) -> InboxItem {
             urgent: envelope.urgent,
             content: B64(envelope.content.into()),
         }),
-        api::Item::Receipt { seq, entries } => {
-            InboxItem::Receipt(Receipt { seq: seq.0, entries: entries.into_iter().map(line).collect() })
-        }
+        api::Item::Receipt { seq, entries } => InboxItem::Receipt(Receipt { seq: seq.0, entries: entries.into_iter().map(line).collect() }),
         api::Item::Gap { from, to, reason } => {
             let reason = if reason == GapReason::GapExpired { "expired" } else { "lost" };
             InboxItem::Gap(Gap { from: from.0, to: to.0, reason: reason.to_owned() })

@@ -62,7 +62,7 @@ pub async fn publish(
     Body(body): Body<KeysUpload>,
 ) -> Result<Json<PrekeyCounts>, ApiError> {
     let record = accounts::own(&state, device).await?;
-    let me = record.devices.iter().find(|d| d.id == device.device).ok_or_else(ApiError::unauthenticated)?;
+    let me = record.record.devices.iter().find(|d| d.id == device.device).ok_or_else(ApiError::unauthenticated)?;
     let upload = Upload {
         signed_prekey: body.signed_prekey.map(Into::into),
         pq_last_resort: body.pq_last_resort_prekey.map(Into::into),
@@ -134,11 +134,12 @@ fn contact(record: &AccountRecord) -> Contact {
 )]
 pub async fn resolve(
     State(state): State<EdgeState>,
-    AuthDevice(_): AuthDevice,
+    _device: AuthDevice,
     In(Path(identity)): In<Path<Identity>>,
 ) -> Result<Json<Contact>, ApiError> {
-    let account = accounts::resolve(&state, &identity).await?.ok_or_else(|| ApiError::not_found("nobody has registered with this identity"))?;
-    Ok(Json(contact(&accounts::other(&state, account).await?)))
+    let account =
+        accounts::resolve(&state, &identity).await?.ok_or_else(|| ApiError::not_found("nobody has registered with this identity"))?;
+    Ok(Json(contact(&accounts::other(&state, account).await?.record)))
 }
 
 /// An account's devices
@@ -155,10 +156,10 @@ pub async fn resolve(
 )]
 pub async fn devices(
     State(state): State<EdgeState>,
-    AuthDevice(_): AuthDevice,
+    _device: AuthDevice,
     In(Path(account)): In<Path<AccountId>>,
 ) -> Result<Json<Contact>, ApiError> {
-    Ok(Json(contact(&accounts::other(&state, account).await?)))
+    Ok(Json(contact(&accounts::other(&state, account).await?.record)))
 }
 
 /// Which bundles.
@@ -221,7 +222,7 @@ pub async fn bundles(
     let record = accounts::other(&state, account).await?;
     // Nobody needs a bundle of himself, and it would cost him a key.
     let wanted = |id: DeviceId| only.map_or(account != me.account || id != me.device, |only| id == only);
-    let wanted: Vec<_> = record.devices.iter().map(|device| device.id).filter(|id| wanted(*id)).collect();
+    let wanted: Vec<_> = record.record.devices.iter().map(|device| device.id).filter(|id| wanted(*id)).collect();
     if only.is_some() && wanted.is_empty() {
         return Err(ApiError::not_found("the account has no such device"));
     }
@@ -229,7 +230,7 @@ pub async fn bundles(
     let devices = bundles
         .into_iter()
         .filter_map(|bundle| {
-            let device = record.devices.iter().find(|device| device.id == bundle.device)?;
+            let device = record.record.devices.iter().find(|device| device.id == bundle.device)?;
             Some(DeviceBundle {
                 device_id: device.id.get(),
                 registration_id: device.registration_id.get(),

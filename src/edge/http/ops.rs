@@ -40,7 +40,11 @@ pub async fn ready(State(state): State<EdgeState>) -> Result<Response, ApiError>
     get, path = "/metrics", tag = "operations",
     responses((status = 200, description = "Prometheus text format 0.0.4", content_type = "text/plain"), (status = 404, body = ErrorBody))
 )]
-pub async fn metrics(State(state): State<EdgeState>, Extension(client): Extension<Client>, headers: HeaderMap) -> Result<Response, ApiError> {
+pub async fn metrics(
+    State(state): State<EdgeState>,
+    Extension(client): Extension<Client>,
+    headers: HeaderMap,
+) -> Result<Response, ApiError> {
     let hidden = || ApiError::not_found("there is no such page");
     let policy = &state.config.metrics;
     let from_here = match policy.expose {
