@@ -26,9 +26,7 @@ pub trait CredentialHashes: Send + Sync + 'static {
 impl CredentialHashes for Directory {
     async fn credential_hash(&self, device: DeviceAddr) -> Result<Option<[u8; 32]>, StoreError> {
         let view = self.get(device.account).await?;
-        let devices = view.iter().filter(|view| !view.deleted).flat_map(|view| &view.record.devices);
-        let mut found = devices.filter(|record| record.id == device.device);
-        Ok(found.next().map(|record| record.credential_hash))
+        Ok(view.as_ref().filter(|view| !view.deleted).and_then(|view| view.device(device.device)).map(|device| device.credential_hash))
     }
 }
 

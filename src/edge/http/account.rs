@@ -14,7 +14,7 @@ use crate::edge::extract::{Body, In};
 use crate::edge::{EdgeState, accounts};
 use crate::ids::Identity;
 use crate::metrics::{self, Proof};
-use crate::wire::event::{AccountRecord, DirectoryChange};
+use crate::wire::event::AccountRecord;
 use crate::wire::stream::Code;
 
 /// The device's own account, as its devices see it.
@@ -84,7 +84,7 @@ pub(super) async fn identity_of(state: &EdgeState, token: &str) -> Result<Identi
 )]
 pub async fn get(State(state): State<EdgeState>, AuthDevice(device): AuthDevice) -> Result<Json<Account>, ApiError> {
     let record = accounts::own(&state, device).await?;
-    Ok(Json(shown(device.device.get(), &record.record)))
+    Ok(Json(shown(device.device.get(), &record)))
 }
 
 /// Another identity to link.
@@ -116,9 +116,9 @@ pub async fn link(
     Body(body): Body<Link>,
 ) -> Result<Json<Account>, ApiError> {
     let identity = identity_of(&state, &body.token).await?;
-    accounts::change(&state, device.account, DirectoryChange::LinkIdentity { identity }).await?;
+    accounts::done(state.directory.link(device.account, &identity).await)?;
     let record = accounts::own(&state, device).await?;
-    Ok(Json(shown(device.device.get(), &record.record)))
+    Ok(Json(shown(device.device.get(), &record)))
 }
 
 /// Takes a link to an identity away
@@ -139,7 +139,7 @@ pub async fn unlink(
     AuthDevice(device): AuthDevice,
     In(Path(identity)): In<Path<Identity>>,
 ) -> Result<StatusCode, ApiError> {
-    accounts::change(&state, device.account, DirectoryChange::UnlinkIdentity { identity }).await?;
+    accounts::done(state.directory.unlink(device.account, &identity).await)?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -152,6 +152,6 @@ pub async fn unlink(
     responses((status = 204, description = "Deleted; this credential is not valid any more"), (status = 401, body = ErrorBody))
 )]
 pub async fn delete(State(state): State<EdgeState>, AuthDevice(device): AuthDevice) -> Result<StatusCode, ApiError> {
-    accounts::delete(&state, device.account).await?;
+    accounts::done(state.directory.delete_account(device.account).await)?;
     Ok(StatusCode::NO_CONTENT)
 }

@@ -11,7 +11,6 @@ use crate::edge::error::{ApiError, ErrorBody};
 use crate::edge::extract::In;
 use crate::edge::{EdgeState, accounts};
 use crate::ids::AccountId;
-use crate::wire::event::DirectoryChange;
 
 /// Who is blocked.
 #[derive(Debug, Serialize, Deserialize, ToSchema)]
@@ -27,7 +26,7 @@ pub struct Blocks {
 )]
 pub async fn list(State(state): State<EdgeState>, AuthDevice(device): AuthDevice) -> Result<Json<Blocks>, ApiError> {
     let record = accounts::own(&state, device).await?;
-    Ok(Json(Blocks { accounts: record.record.blocked.iter().map(AccountId::to_string).collect() }))
+    Ok(Json(Blocks { accounts: record.blocked.iter().map(AccountId::to_string).collect() }))
 }
 
 /// Blocks an account
@@ -51,7 +50,7 @@ pub async fn add(
     if other == device.account {
         return Err(ApiError::bad_request("an account can't block itself"));
     }
-    accounts::change(&state, device.account, DirectoryChange::Block { other }).await?;
+    accounts::done(state.directory.block(device.account, other).await)?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -68,6 +67,6 @@ pub async fn remove(
     AuthDevice(device): AuthDevice,
     In(Path(other)): In<Path<AccountId>>,
 ) -> Result<StatusCode, ApiError> {
-    accounts::change(&state, device.account, DirectoryChange::Unblock { other }).await?;
+    accounts::done(state.directory.unblock(device.account, other).await)?;
     Ok(StatusCode::NO_CONTENT)
 }

@@ -17,7 +17,7 @@ use crate::edge::{EdgeState, accounts};
 use crate::ids::{DeviceId, Identity, RegistrationId};
 use crate::keys::Upload;
 use crate::limits;
-use crate::wire::event::{DirectoryChange, NewDevice, SignedKey};
+use crate::wire::event::{NewDevice, SignedKey};
 
 /// A new device.
 #[derive(Debug, Deserialize, ToSchema)]
@@ -128,7 +128,7 @@ pub async fn register(
         signed_prekey,
         pq_last_resort,
     };
-    let addr = accounts::register(&state, &identities, device).await?;
+    let addr = accounts::register(&state, &identities, &device).await?;
     // A number that an earlier device had: its keys must not come back.
     state.keys.forget(addr).await?;
     state.keys.add_one_time(addr, upload.one_time, upload.pq_one_time).await?;
@@ -138,7 +138,7 @@ pub async fn register(
         account_id: addr.account.to_string(),
         device_id: addr.device.get(),
         credential: credential.to_text().to_string(),
-        identities: record.record.identities.iter().map(Identity::to_string).collect(),
+        identities: record.identities.iter().map(Identity::to_string).collect(),
     };
     Ok((StatusCode::CREATED, Json(answer)))
 }
@@ -169,7 +169,7 @@ pub async fn rename(
     Body(body): Body<Rename>,
 ) -> Result<StatusCode, ApiError> {
     let name = device_name(&body.name)?;
-    accounts::change(&state, me.account, DirectoryChange::RenameDevice { device, name }).await?;
+    accounts::done(state.directory.rename_device(me.account, device, name).await)?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -190,7 +190,7 @@ pub async fn revoke(
     AuthDevice(me): AuthDevice,
     In(Path(device)): In<Path<DeviceId>>,
 ) -> Result<StatusCode, ApiError> {
-    accounts::change(&state, me.account, DirectoryChange::RevokeDevice { device }).await?;
+    accounts::done(state.directory.revoke_device(me.account, device).await)?;
     Ok(StatusCode::NO_CONTENT)
 }
 

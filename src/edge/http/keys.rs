@@ -6,13 +6,13 @@ use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
 use super::model::{B64, OneTimePrekey, PrekeyCounts, SignedPrekey};
+use crate::directory::{AccountView, DeviceView};
 use crate::edge::auth::AuthDevice;
 use crate::edge::error::{ApiError, ErrorBody};
 use crate::edge::extract::{Body, In};
 use crate::edge::{EdgeState, accounts};
 use crate::ids::{AccountId, DeviceId, Identity};
 use crate::keys::{KeysError, Upload};
-use crate::wire::event::{AccountRecord, DirectoryChange};
 use crate::wire::stream::Code;
 
 impl From<KeysError> for ApiError {
@@ -62,7 +62,7 @@ pub async fn publish(
     Body(body): Body<KeysUpload>,
 ) -> Result<Json<PrekeyCounts>, ApiError> {
     let record = accounts::own(&state, device).await?;
-    let me = record.record.devices.iter().find(|d| d.id == device.device).ok_or_else(ApiError::unauthenticated)?;
+    let me = record.devices.iter().find(|d| d.id == device.device).ok_or_else(ApiError::unauthenticated)?;
     let upload = Upload {
         signed_prekey: body.signed_prekey.map(Into::into),
         pq_last_resort: body.pq_last_resort_prekey.map(Into::into),
@@ -73,8 +73,7 @@ pub async fn publish(
     state.keys.room_for(device, &upload).await?;
     let Upload { signed_prekey, pq_last_resort, one_time, pq_one_time } = upload;
     if signed_prekey.is_some() || pq_last_resort.is_some() {
-        let change = DirectoryChange::PublishKeys { device: device.device, signed_prekey, pq_last_resort };
-        accounts::change(&state, device.account, change).await?;
+        accounts::done(state.directory.publish_keys(device.account, device.device, signed_prekey, pq_last_resort).await)?;
     }
     Ok(Json(state.keys.add_one_time(device, one_time, pq_one_time).await?.into()))
 }
@@ -111,13 +110,13 @@ pub struct ContactDevice {
     pub identity_key: B64,
 }
 
-fn contact(record: &AccountRecord) -> Contact {
-    let device = |d: &crate::wire::event::DeviceRecord| ContactDevice {
-        device_id: d.id.get(),
-        registration_id: d.registration_id.get(),
-        identity_key: B64(d.identity_key.clone()),
+fn contact(view: &AccountView) -> Contact {
+    let device = |device: &DeviceView| ContactDevice {
+        device_id: device.id.get(),
+        registration_id: device.registration_id.get(),
+        identity_key: B64(device.identity_key.to_vec()),
     };
-    Contact { account_id: record.id.to_string(), devices: record.devices.iter().map(device).collect() }
+    Contact { account_id: view.id.to_string(), devices: view.devices.iter().map(device).collect() }
 }
 
 /// Finds an account by an identity
@@ -138,8 +137,9 @@ pub async fn resolve(
     In(Path(identity)): In<Path<Identity>>,
 ) -> Result<Json<Contact>, ApiError> {
     let account =
-        accounts::resolve(&state, &identity).await?.ok_or_else(|| ApiError::not_found("nobody has registered with this identity"))?;
-    Ok(Json(contact(&accounts::other(&state, account).await?.record)))
+        state.directory.resolve(&identity).await?.ok_or_else(|| ApiError::not_found("nobody has registered with this identity"))?;
+    let view = accounts::other(&state, account).await?;
+    Ok(Json(contact(&view)))
 }
 
 /// An account's devices
@@ -159,7 +159,8 @@ pub async fn devices(
     _device: AuthDevice,
     In(Path(account)): In<Path<AccountId>>,
 ) -> Result<Json<Contact>, ApiError> {
-    Ok(Json(contact(&accounts::other(&state, account).await?.record)))
+    let view = accounts::other(&state, account).await?;
+    Ok(Json(contact(&view)))
 }
 
 /// Which bundles.
@@ -219,10 +220,10 @@ pub async fn bundles(
     In(Query(query)): In<Query<BundleQuery>>,
 ) -> Result<Json<Bundles>, ApiError> {
     let only = query.device_id.map(DeviceId::new).transpose()?;
-    let record = accounts::other(&state, account).await?;
+    let view = accounts::other(&state, account).await?;
     // Nobody needs a bundle of himself, and it would cost him a key.
     let wanted = |id: DeviceId| only.map_or(account != me.account || id != me.device, |only| id == only);
-    let wanted: Vec<_> = record.record.devices.iter().map(|device| device.id).filter(|id| wanted(*id)).collect();
+    let wanted: Vec<_> = view.devices.iter().map(|device| device.id).filter(|id| wanted(*id)).collect();
     if only.is_some() && wanted.is_empty() {
         return Err(ApiError::not_found("the account has no such device"));
     }
@@ -230,11 +231,11 @@ pub async fn bundles(
     let devices = bundles
         .into_iter()
         .filter_map(|bundle| {
-            let device = record.record.devices.iter().find(|device| device.id == bundle.device)?;
+            let device = view.device(bundle.device)?;
             Some(DeviceBundle {
                 device_id: device.id.get(),
                 registration_id: device.registration_id.get(),
-                identity_key: B64(device.identity_key.clone()),
+                identity_key: B64(device.identity_key.to_vec()),
                 signed_prekey: bundle.signed_prekey.into(),
                 pq_prekey: bundle.pq_prekey.into(),
                 one_time_prekey: bundle.one_time.map(Into::into),
