@@ -3,6 +3,8 @@
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
+use serde::{Deserialize, Serialize};
+
 use crate::log::embedded::format::RunHead;
 
 /// Which segment holds which offsets of one partition: intervals without overlap. A later insertion wins.
@@ -128,7 +130,7 @@ impl SegmentIndex {
 }
 
 /// What is known of a segment without opening it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct SegmentInfo {
     pub number: u64,
     pub salt: u64,

@@ -1,4 +1,4 @@
-//! The keeper: a thread that saves committed positions now and then.
+//! The keeper: a thread that now and then saves committed positions, summarizes sealed segments and lets old ones go.
 
 use std::time::Duration;
 
@@ -7,9 +7,12 @@ use parking_lot::{Condvar, Mutex};
 use crate::log::ReadError;
 use crate::log::embedded::files::{self, Positions};
 use crate::log::embedded::shared::Shared;
+use crate::log::embedded::summary::Sealed;
 
-/// How often it looks.
+/// How often it looks for positions to save.
 const TICK: Duration = Duration::from_secs(1);
+/// Every so many ticks it looks for what may go; also whenever a segment is full.
+const RETAIN_TICKS: u32 = 30;
 
 #[derive(Default)]
 struct State {
@@ -24,6 +27,10 @@ pub(super) struct Keeper {
     changed: Condvar,
     /// One saves at a time, so that a newer file is never replaced by an older one.
     saving: Mutex<()>,
+    /// Segments that are full and have no summary yet.
+    pub sealed: Mutex<Vec<Sealed>>,
+    /// Segments that are gone but whose files are not; also makes retention one at a time.
+    pub doomed: Mutex<Vec<u64>>,
 }
 
 impl Keeper {
@@ -39,24 +46,39 @@ impl Keeper {
         self.changed.notify_all();
     }
 
-    /// Waits for the next round; `false` if there is none.
-    fn wait(&self) -> bool {
+    /// Waits for the next round: whether it was nudged, or `None` if it was stopped.
+    fn wait(&self) -> Option<bool> {
         let mut state = self.state.lock();
         if !state.stop && !state.nudged {
             self.changed.wait_for(&mut state, TICK);
         }
-        state.nudged = false;
-        !state.stop
+        let nudged = std::mem::take(&mut state.nudged);
+        (!state.stop).then_some(nudged)
     }
 }
 
 impl Shared {
     /// The keeper's thread.
     pub fn keep(&self) {
-        while self.keeper.wait() {
+        let mut ticks = 0;
+        while let Some(nudged) = self.keeper.wait() {
             if let Err(error) = self.save_positions(false) {
                 tracing::warn!(%error, "the log can't save its consumers' positions; it tries again");
             }
+            if let Err(error) = self.summarize() {
+                tracing::warn!(%error, "the log can't write a segment's summary; the next start takes longer");
+            }
+            ticks += 1;
+            if nudged || ticks % RETAIN_TICKS == 0 {
+                self.retain_or_warn();
+            }
+        }
+    }
+
+    /// Lets go what may go.
+    pub fn retain_or_warn(&self) {
+        if let Err(error) = self.retain() {
+            tracing::warn!(%error, "the log can't remove what is past its retention; it tries again");
         }
     }
 

@@ -19,6 +19,7 @@
 use std::fs::File;
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -46,8 +47,12 @@ mod options;
 mod queue;
 mod reader;
 mod recovery;
+mod retention;
 mod shared;
+#[cfg(any(test, feature = "test-util"))]
+pub mod sim;
 mod spare;
+mod summary;
 mod view;
 mod writer;
 
@@ -59,6 +64,9 @@ pub struct EmbeddedLog {
     shared: Arc<Shared>,
     threads: Mutex<Option<Threads>>,
 }
+
+/// How long another process's lock is waited for.
+const LOCK_PATIENCE: Duration = Duration::from_millis(500);
 
 struct Threads {
     writer: JoinHandle<()>,
@@ -81,9 +89,10 @@ impl EmbeddedLog {
         let dir = options.dir.clone();
         options.disk.create_dir(&dir).map_err(OpenError::io("create", &dir))?;
         let lock = lock(&options)?;
-        let Recovered { log, view, active, commit, spare } = recover(&options)?;
+        let Recovered { log, view, active, commit, spare, sealed } = recover(&options)?;
         let next = view.parts.iter().map(|part| part.next).collect();
         let shared = Arc::new(Shared::new(options, log, view, Spare::with(spare)));
+        *shared.keeper.sealed.lock() = sealed;
         let spawn = |name: &str, run: Box<dyn FnOnce() + Send>| {
             std::thread::Builder::new().name(name.to_owned()).spawn(run).map_err(OpenError::io("start a thread for", &dir))
         };
@@ -98,6 +107,11 @@ impl EmbeddedLog {
     /// Counters since it was opened.
     pub fn stats(&self) -> Stats {
         self.shared.stats()
+    }
+
+    /// Lets go what is past its retention, now; it is done by itself every now and then. Blocks.
+    pub fn retain(&self) -> Result<(), String> {
+        self.shared.retain()
     }
 
     /// Ends the threads, the log thread first. Blocks.
@@ -122,10 +136,15 @@ impl EmbeddedLog {
 fn lock(options: &Options) -> Result<File, OpenError> {
     let path = options.dir.join("lock");
     let file = File::options().read(true).write(true).create(true).truncate(false).open(&path).map_err(OpenError::io("open", &path))?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(std::fs::TryLockError::WouldBlock) => Err(OpenError::Locked(options.dir.clone())),
-        Err(std::fs::TryLockError::Error(error)) => Err(OpenError::io("lock", &path)(error)),
+    // A process that was killed, or a child of ours that has not called exec yet, lets go in a moment.
+    let until = Instant::now() + LOCK_PATIENCE;
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(file),
+            Err(std::fs::TryLockError::WouldBlock) if Instant::now() < until => std::thread::sleep(Duration::from_millis(20)),
+            Err(std::fs::TryLockError::WouldBlock) => return Err(OpenError::Locked(options.dir.clone())),
+            Err(std::fs::TryLockError::Error(error)) => return Err(OpenError::io("lock", &path)(error)),
+        }
     }
 }
 

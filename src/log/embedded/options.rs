@@ -95,6 +95,9 @@ pub struct Options {
     pub queue_bytes: usize,
     /// Under load, how long commits wait for each other at most: fewer, larger syncs cost less CPU.
     pub linger: Duration,
+    /// Checks every segment at opening. Else only the newest ones are scanned, for the others their summaries are
+    /// taken, and damage in them is found when they are read.
+    pub check_all: bool,
     /// Where record times come from.
     pub clock: Arc<dyn Clock>,
     /// Where the salts of segments come from.
@@ -119,6 +122,7 @@ impl Options {
             tail_bytes: limits::LOG_TAIL_BYTES,
             queue_bytes: limits::LOG_QUEUE_BYTES,
             linger: Duration::from_micros(400),
+            check_all: false,
             clock: Arc::new(SystemClock),
             random: Arc::new(SystemRandom),
             disk: Arc::new(RealDisk),

@@ -18,6 +18,7 @@ use crate::log::embedded::index::{SegmentIndex, SegmentInfo, segment_number, seg
 use crate::log::embedded::options::{FIRST_SEGMENT_BYTES, OpenError, Options};
 use crate::log::embedded::reader::{Window, place};
 use crate::log::embedded::spare::{self, Prepared};
+use crate::log::embedded::summary::{Sealed, Summary};
 use crate::log::embedded::view::{Part, View};
 use crate::log::embedded::writer::Active;
 
@@ -29,7 +30,12 @@ pub(super) struct Recovered {
     /// Number of the next commit.
     pub commit: u64,
     pub spare: Option<Prepared>,
+    /// Segments that have no summary yet.
+    pub sealed: Vec<Sealed>,
 }
+
+/// So many of the newest segments are always scanned.
+const SCANNED: usize = 3;
 
 /// Reads the folder, or makes a new log in it.
 pub(super) fn recover(options: &Options) -> Result<Recovered, OpenError> {
@@ -78,7 +84,7 @@ fn create(options: &Options, numbers: &[u64]) -> Result<Recovered, OpenError> {
     files::save(options.disk.as_ref(), &path, &Meta::new(log, &options.partitions)).map_err(OpenError::io("write", &path))?;
     let mut view = View::empty(options.partitions.total());
     view.active = 1;
-    Ok(Recovered { log, view, active: Active::fresh(prepared, 1), commit: 1, spare: None })
+    Ok(Recovered { log, view, active: Active::fresh(prepared, 1), commit: 1, spare: None, sealed: Vec::new() })
 }
 
 fn open(options: &Options, number: u64) -> Result<(PathBuf, Arc<dyn DiskFile>, SegmentHeader), OpenError> {
@@ -105,6 +111,7 @@ struct Recovery<'a> {
     commit: Option<u64>,
     /// Where the last chunk before was, for the refusal if something is missing behind it.
     last: (PathBuf, u64),
+    sealed: Vec<Sealed>,
 }
 
 /// One segment as it was scanned.
@@ -117,7 +124,14 @@ struct Scanned {
 
 impl<'a> Recovery<'a> {
     fn new(options: &'a Options, log: u64) -> Self {
-        Self { options, log, view: View::empty(options.partitions.total()), commit: None, last: (options.dir.clone(), 0) }
+        Self {
+            options,
+            log,
+            view: View::empty(options.partitions.total()),
+            commit: None,
+            last: (options.dir.clone(), 0),
+            sealed: Vec::new(),
+        }
     }
 
     fn run(mut self, numbers: &[u64]) -> Result<Recovered, OpenError> {
@@ -131,6 +145,11 @@ impl<'a> Recovery<'a> {
             let (path, file, header) = open(self.options, number)?;
             if header.log != self.log {
                 return Err(OpenError::damaged(&path, 16, "the segment belongs to another log"));
+            }
+            let after = self.view.parts.iter().map(|part| part.next).collect();
+            if index + SCANNED < numbers.len() && !self.options.check_all && self.take_summary(&path, &header)? {
+                self.seal(&mut active, after);
+                continue;
             }
             let scanned = self.scan(&path, file.as_ref(), &header)?;
             let Some(last) = scanned.last else {
@@ -149,11 +168,19 @@ impl<'a> Recovery<'a> {
                     "its chunks are missing",
                 ));
             }
+            self.seal(&mut active, after);
             active = Some((Active { info: scanned.info.clone(), file, begun: true }, scanned.index));
             self.view.segments.insert(number, scanned.info);
             self.last = (path, last.0);
         }
         self.finish(active, empty)
+    }
+
+    /// What was taken for the active segment is not the last one: it gets a summary.
+    fn seal(&mut self, active: &mut Option<(Active, SegmentIndex)>, after: Vec<u64>) {
+        if let Some((full, _)) = active.take() {
+            self.sealed.push(Sealed { info: full.info, after });
+        }
     }
 
     fn finish(mut self, active: Option<(Active, SegmentIndex)>, empty: Option<Prepared>) -> Result<Recovered, OpenError> {
@@ -175,7 +202,40 @@ impl<'a> Recovery<'a> {
         if let Some(positions) = files::load::<Positions>(self.options.disk.as_ref(), &path)? {
             positions.apply(&mut self.view, &self.options.partitions);
         }
-        Ok(Recovered { log: self.log, view: self.view, active, commit, spare })
+        Ok(Recovered { log: self.log, view: self.view, active, commit, spare, sealed: self.sealed })
+    }
+
+    /// Takes over what a summary says, if there is one; the summary itself is only a help.
+    fn take_summary(&mut self, path: &Path, header: &SegmentHeader) -> Result<bool, OpenError> {
+        let file = Summary::path(&self.options.dir, header.number);
+        let summary = match files::load::<Summary>(self.options.disk.as_ref(), &file) {
+            Ok(Some(summary)) => summary,
+            Ok(None) | Err(OpenError::Damaged { .. }) => return Ok(false),
+            Err(error) => return Err(error),
+        };
+        let Summary { info, after, extents } = summary;
+        if info.number != header.number || info.salt != header.salt || after.len() != self.view.parts.len() {
+            return Ok(false);
+        }
+        if let Some(expected) = self.commit
+            && info.first_commit != expected
+        {
+            let reason =
+                format!("commit {expected} should follow the one here, but the next is {} in {}", info.first_commit, path.display());
+            return Err(OpenError::damaged(&self.last.0, self.last.1, reason));
+        }
+        self.commit = Some(info.last_commit + 1);
+        self.last = (path.to_owned(), info.end);
+        for (part, next) in self.view.parts.iter_mut().zip(after) {
+            part.next = next;
+        }
+        for (slot, first, end) in extents {
+            if let Some(part) = self.view.parts.get_mut(slot as usize) {
+                part.extents.insert(first, end, info.number);
+            }
+        }
+        self.view.segments.insert(info.number, info);
+        Ok(true)
     }
 
     fn scan(&mut self, path: &Path, file: &dyn DiskFile, header: &SegmentHeader) -> Result<Scanned, OpenError> {
@@ -277,6 +337,9 @@ impl<'a> Recovery<'a> {
             let slot = self.options.partitions.slot(of).ok_or_else(|| damaged(format!("there is no partition {of:?}")))?;
             let part = &mut self.view.parts[slot];
             let end = base + u64::from(count);
+            if kind == RunKind::Carried && end > part.next {
+                return Err(damaged(format!("offsets up to {end} of {of:?} were carried, but {} is next", part.next)));
+            }
             if kind == RunKind::Records {
                 if part.next != base {
                     return Err(damaged(format!("offset {} of {of:?} should be next, but it is {base}", part.next)));

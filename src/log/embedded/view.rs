@@ -9,7 +9,7 @@ use crate::limits;
 use crate::log::embedded::format::RECORD_HEADER_BYTES;
 use crate::log::embedded::groups::{Group, MemberId};
 use crate::log::embedded::index::{Extents, RunAt, SegmentIndex, SegmentInfo};
-use crate::log::{ReadError, Record};
+use crate::log::{ReadError, Record, Topic};
 
 /// Records of one partition of one commit, as they were appended.
 pub(super) type Run = Arc<Vec<Record>>;
@@ -176,6 +176,13 @@ impl View {
         let segment = self.segments.get(&extent.segment).cloned().ok_or_else(missing)?;
         let runs = (extent.segment == self.active).then(|| self.active_index.from(slot, from, extent.end, bytes_max));
         Ok(Source::Disk { segment, until: extent.end, runs })
+    }
+
+    /// Up to where every group that ever asked for the topic has committed the partition.
+    pub fn committed_by_all(&self, slot: u32, topic: Topic) -> u64 {
+        let of = Topic::ALL.iter().position(|&other| other == topic).unwrap_or(0);
+        let groups = self.groups.values().filter(|group| group.topics[of]);
+        groups.map(|group| group.committed.get(&slot).copied().unwrap_or(0)).min().unwrap_or(u64::MAX)
     }
 
     /// Ends every consumer.

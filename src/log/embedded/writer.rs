@@ -18,6 +18,7 @@ use crate::log::embedded::index::{RunAt, SegmentInfo, segment_path};
 use crate::log::embedded::queue::{Carry, Entry, Queue, Work};
 use crate::log::embedded::shared::Shared;
 use crate::log::embedded::spare::Prepared;
+use crate::log::embedded::summary::Sealed;
 use crate::log::embedded::view::{Published, Run};
 use crate::log::{AppendError, AppendSink, Record, TopicPartition};
 
@@ -415,8 +416,11 @@ impl Writer {
         match self.shared.spare.take(number, size, need as u64) {
             Ok(prepared) => {
                 self.shared.set_unavailable(None);
-                self.active = Active::fresh(prepared, self.commit);
-                self.shared.keeper.nudge();
+                let full = std::mem::replace(&mut self.active, Active::fresh(prepared, self.commit));
+                if full.begun {
+                    self.shared.keeper.sealed.lock().push(Sealed { info: full.info, after: self.next.clone() });
+                    self.shared.keeper.nudge();
+                }
                 Ok(())
             }
             Err(reason) => {
