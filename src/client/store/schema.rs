@@ -1,0 +1,88 @@
+//! The tables, by version. A database of an older version is migrated when it is opened; a newer one is refused.
+
+use rusqlite::Connection;
+
+use super::Error;
+
+/// Each entry brings the database from the version before to its own (its index plus one), in one transaction.
+const MIGRATIONS: &[&str] = &[V1];
+
+const V1: &str = "
+-- Single values: this device's keys and address, credential, cursor, counters.
+CREATE TABLE meta (key TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE own_identities (identity TEXT PRIMARY KEY) WITHOUT ROWID;
+
+-- What core/state.rs keeps.
+CREATE TABLE sessions (account BLOB, device INTEGER, record BLOB NOT NULL, PRIMARY KEY (account, device)) WITHOUT ROWID;
+CREATE TABLE remote_identities (account BLOB, device INTEGER, key BLOB NOT NULL, PRIMARY KEY (account, device)) WITHOUT ROWID;
+CREATE TABLE prekeys (id INTEGER PRIMARY KEY, record BLOB NOT NULL);
+CREATE TABLE signed_prekeys (id INTEGER PRIMARY KEY, record BLOB NOT NULL, created_ms INTEGER NOT NULL);
+CREATE TABLE kyber_prekeys (id INTEGER PRIMARY KEY, record BLOB NOT NULL, last_resort INTEGER NOT NULL, created_ms INTEGER NOT NULL);
+CREATE TABLE kyber_used (kyber INTEGER, signed INTEGER, base_key BLOB, PRIMARY KEY (kyber, signed, base_key)) WITHOUT ROWID;
+CREATE TABLE seen (author BLOB, message_id BLOB, seen_ms INTEGER NOT NULL, PRIMARY KEY (author, message_id)) WITHOUT ROWID;
+CREATE INDEX seen_by_time ON seen (seen_ms);
+
+-- Other accounts. trust: 0 unverified, 1 verified, 2 changed since. devices_known: the device list was read at least once.
+CREATE TABLE contacts (
+    account BLOB PRIMARY KEY, trust INTEGER NOT NULL DEFAULT 0, fingerprint TEXT, devices_known INTEGER NOT NULL DEFAULT 0,
+    deleted INTEGER NOT NULL DEFAULT 0, expire_s INTEGER NOT NULL DEFAULT 0
+) WITHOUT ROWID;
+CREATE TABLE devices (account BLOB, device INTEGER, PRIMARY KEY (account, device)) WITHOUT ROWID;
+-- Identities that the directory confirmed, and claims it has not been asked about yet.
+CREATE TABLE contact_identities (identity TEXT PRIMARY KEY, account BLOB NOT NULL) WITHOUT ROWID;
+CREATE INDEX contact_identities_by_account ON contact_identities (account);
+CREATE TABLE claims (identity TEXT, account BLOB, PRIMARY KEY (identity, account)) WITHOUT ROWID;
+-- Requests to repeat, for each device: see core/repair.rs.
+CREATE TABLE asked (account BLOB, device INTEGER, since_ms INTEGER NOT NULL, count INTEGER NOT NULL, PRIMARY KEY (account, device))
+    WITHOUT ROWID;
+
+-- status: 0 pending, 1 sent, 2 delivered, 3 read, 4 failed. body is NULL once deleted.
+CREATE TABLE messages (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, conversation BLOB NOT NULL, author BLOB NOT NULL, message_id BLOB NOT NULL,
+    sent_ms INTEGER NOT NULL, body TEXT, reply_author BLOB, reply_id BLOB, edited_ms INTEGER NOT NULL DEFAULT 0,
+    status INTEGER NOT NULL, failure TEXT, expire_s INTEGER NOT NULL DEFAULT 0, expires_ms INTEGER, unread INTEGER NOT NULL,
+    UNIQUE (author, message_id)
+);
+CREATE INDEX messages_by_conversation ON messages (conversation, id);
+CREATE INDEX messages_expiring ON messages (expires_ms) WHERE expires_ms IS NOT NULL;
+CREATE INDEX messages_unread ON messages (conversation) WHERE unread = 1;
+CREATE TABLE reactions (
+    author BLOB, message_id BLOB, reactor BLOB, emoji TEXT NOT NULL, sent_ms INTEGER NOT NULL,
+    PRIMARY KEY (author, message_id, reactor)
+) WITHOUT ROWID;
+-- Edits, deletes and reactions that came before their message.
+CREATE TABLE early (
+    id INTEGER PRIMARY KEY, author BLOB NOT NULL, message_id BLOB NOT NULL, sender BLOB NOT NULL, content BLOB NOT NULL
+);
+CREATE INDEX early_by_message ON early (author, message_id);
+
+-- What is sent. state: 0 waits for sessions, 1 ready to send, 2 accepted. Accepted ones are kept for a while, for receipts and for
+-- devices that ask for a repeat. envelopes: the encrypted Send; it is sent again as it is until it is answered. message_id: whose text
+-- the content holds, so that it goes when that goes; tick: its fate is the message's.
+CREATE TABLE outgoing (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, recipient BLOB NOT NULL, client_message_id INTEGER NOT NULL, content BLOB, message_id BLOB,
+    tick INTEGER NOT NULL, envelopes BLOB, urgent INTEGER NOT NULL, ephemeral INTEGER NOT NULL, state INTEGER NOT NULL, attempts INTEGER NOT NULL DEFAULT 0,
+    rounds INTEGER NOT NULL DEFAULT 0, resends INTEGER NOT NULL DEFAULT 0, not_before_ms INTEGER NOT NULL DEFAULT 0,
+    created_ms INTEGER NOT NULL, UNIQUE (recipient, client_message_id)
+);
+CREATE INDEX outgoing_open ON outgoing (id) WHERE state < 2;
+CREATE INDEX outgoing_open_by_recipient ON outgoing (recipient, client_message_id) WHERE state < 2;
+CREATE INDEX outgoing_by_message ON outgoing (message_id) WHERE message_id IS NOT NULL;
+CREATE INDEX outgoing_by_time ON outgoing (created_ms);
+CREATE TABLE counters (account BLOB PRIMARY KEY, last INTEGER NOT NULL) WITHOUT ROWID;
+
+CREATE TABLE events (position INTEGER PRIMARY KEY AUTOINCREMENT, at_ms INTEGER NOT NULL, event TEXT NOT NULL);
+";
+
+/// Brings the database to this version.
+pub(super) fn migrate(connection: &Connection) -> Result<(), Error> {
+    let version: u32 = connection.query_row("PRAGMA user_version", [], |row| row.get(0))?;
+    let version = version as usize;
+    if version > MIGRATIONS.len() {
+        return Err(Error::Newer(version));
+    }
+    for (index, migration) in MIGRATIONS.iter().enumerate().skip(version) {
+        connection.execute_batch(&format!("BEGIN IMMEDIATE; {migration} PRAGMA user_version = {}; COMMIT;", index + 1))?;
+    }
+    Ok(())
+}
