@@ -1,3 +1,4 @@
-//! (under construction)
+//! Faulty stores and more, for tests.
 
+pub mod faulty_store;
 pub mod process;
