@@ -5,7 +5,9 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
+pub mod canary;
 pub mod child;
+pub mod demo;
 pub mod load;
 pub mod token;
 
@@ -22,6 +24,7 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Demo(demo::Args),
     Load(load::Args),
     Token(token::Args),
 }
@@ -38,6 +41,7 @@ pub fn main() -> ExitCode {
     };
     let outcome = runtime.block_on(async {
         match cli.command {
+            Command::Demo(args) => demo::run(args).await,
             Command::Load(args) => load::run(args).await,
             Command::Token(args) => token::run(args).await,
         }

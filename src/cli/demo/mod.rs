@@ -146,7 +146,9 @@ impl Cast {
 
     /// Until everybody who is there was shown everything.
     async fn heard(&self) -> anyhow::Result<Duration> {
-        self.book.wait("alice and bob's phone show every text", PATIENCE, |book| book.missing_at(ALICE) == 0 && book.missing_at(PHONE) == 0).await
+        self.book
+            .wait("alice and bob's phone show every text", PATIENCE, |book| book.missing_at(ALICE) == 0 && book.missing_at(PHONE) == 0)
+            .await
     }
 
     async fn talk(&self, stage: &Stage, lines: &[(Who, &str)]) -> anyhow::Result<()> {
@@ -268,7 +270,11 @@ async fn killing(stage: &Stage, cast: &Cast, broker: &mut BrokerProcess) -> anyh
         }
         stage.pause(1).await;
         let took = broker.restart().await?;
-        stage.broker(&format!("started again as process {}: log and store recovered in {:.0} ms", broker.pid().unwrap_or_default(), millis(took)));
+        stage.broker(&format!(
+            "started again as process {}: log and store recovered in {:.0} ms",
+            broker.pid().unwrap_or_default(),
+            millis(took)
+        ));
         let took = cast.heard().await?;
         stage.tell(&format!("Everything has arrived {:.0} ms later.", millis(took)));
         stage.pause(1).await;
@@ -281,7 +287,8 @@ async fn search(broker: &BrokerProcess, bodies: &[String]) -> anyhow::Result<(Se
     for body in bodies {
         ensure!(canary.add(body.as_bytes()), "a text too short to be looked for");
     }
-    let metrics = reqwest::Client::builder().no_proxy().build()?.get(broker.url().join("metrics")?).send().await?.error_for_status()?.bytes().await?;
+    let metrics =
+        reqwest::Client::builder().no_proxy().build()?.get(broker.url().join("metrics")?).send().await?.error_for_status()?.bytes().await?;
     let (data, log) = (broker.data().to_owned(), broker.log().to_owned());
     tokio::task::spawn_blocking(move || {
         let (mut in_data, mut in_log, mut in_metrics) = Default::default();
@@ -321,7 +328,4 @@ const STORM: &[(Who, &str)] = &[
     (Who::Bob, "Twelfth and last of the storm."),
 ];
 
-const CLOSING: &[(Who, &str)] = &[
-    (Who::Bob, "Nothing missing, nothing twice."),
-    (Who::Alice, "Then open your laptop, and let us count."),
-];
+const CLOSING: &[(Who, &str)] = &[(Who::Bob, "Nothing missing, nothing twice."), (Who::Alice, "Then open your laptop, and let us count.")];

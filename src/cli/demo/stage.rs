@@ -111,7 +111,11 @@ impl Stage {
         let _ = writeln!(std::io::stdout(), "\n{table}");
         self.line("", None, false);
         if ending.good() {
-            self.line("   Your turn: `sealpost serve`, then `sealpost chat --as alice@socialink` in another terminal.", Some(Color::Green), false);
+            self.line(
+                "   Your turn: `sealpost serve`, then `sealpost chat --as alice@socialink` in another terminal.",
+                Some(Color::Green),
+                false,
+            );
         }
     }
 }
