@@ -47,7 +47,8 @@ pub mod metrics;
 pub mod projector;
 #[cfg(feature = "server")]
 pub mod rate;
-// (server: lands with the router)
+#[cfg(feature = "server")]
+pub mod server;
 #[cfg(feature = "server")]
 pub mod store;
 #[cfg(feature = "test-util")]

@@ -32,7 +32,7 @@ use crate::metrics;
 use crate::projector::push::{Push, PushBus};
 use crate::projector::worker::{Pace, Parts as WorkerParts, Progress, Worker, WorkerError};
 use crate::store::embedded::{EmbeddedStore, OpenError as StoreOpenError, Options as StoreOptions};
-use crate::store::{DeliveryStore, DirectoryStore, KeyStore, StoreError};
+use crate::store::{DeliveryStore, DirectoryStore, StoreError};
 
 /// Why a broker did not start, or stopped by itself. Each says what to do.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -119,7 +119,14 @@ impl Broker {
         let url = format!("{}://{address}", listener.scheme());
 
         let edge = EdgeId::random(random.as_ref());
-        let directory = Arc::new(Directory::new(edge, Arc::clone(&log), store.clone(), store.clone(), Arc::clone(&clock), Arc::clone(&random)));
+        let directory = Arc::new(Directory::new(crate::directory::Parts {
+            log: Arc::clone(&log),
+            store: store.clone(),
+            keys: store.clone(),
+            clock: Arc::clone(&clock),
+            random: Arc::clone(&random),
+            edge,
+        }));
         let rates = config.rates();
         let acceptor = Arc::new(Acceptor::new(
             Arc::clone(&log),
@@ -129,7 +136,8 @@ impl Broker {
             Arc::clone(&random),
             NonZeroU32::new(rates.messages_per_device_per_s),
         ));
-        let hub = Arc::new(Hub::new(edge, Arc::clone(&log), store.clone(), Arc::clone(&directory), Arc::clone(&acceptor), Arc::clone(&random)));
+        let hub =
+            Arc::new(Hub::new(edge, Arc::clone(&log), store.clone(), Arc::clone(&directory), Arc::clone(&acceptor), Arc::clone(&random)));
         let parts = WorkerParts {
             log: Arc::clone(&log),
             delivery: store.clone(),
@@ -296,7 +304,9 @@ async fn watch_log(log: Arc<dyn EventLog>, failing: watch::Sender<Option<ServerE
         every.tick().await;
         if let Err(error @ AppendError::Poisoned(_)) = log.health() {
             tracing::error!(%error, "the log can't go on");
-            failing.send_replace(Some(ServerError(format!("{error}. Check the disk, then start the broker again: it recovers what it acknowledged"))));
+            failing.send_replace(Some(ServerError(format!(
+                "{error}. Check the disk, then start the broker again: it recovers what it acknowledged"
+            ))));
             return;
         }
     }

@@ -13,7 +13,10 @@ async fn a_registration_makes_an_account_and_further_ones_join_it() {
     let second = broker.register("alice@socialink").await;
     assert_eq!((first.account.as_str(), first.id, second.id), (second.account.as_str(), 1, 2));
     let mine = broker.get(&second, "/v1/account").await.expect(StatusCode::OK).body;
-    assert_eq!((&mine["account_id"], &mine["device_id"], &mine["identities"]), (&json!(first.account), &json!(2), &json!(["alice@socialink"])));
+    assert_eq!(
+        (&mine["account_id"], &mine["device_id"], &mine["identities"]),
+        (&json!(first.account), &json!(2), &json!(["alice@socialink"]))
+    );
     let devices = mine["devices"].as_array().expect("devices");
     assert_eq!(devices.len(), 2);
     assert_eq!(devices[0]["registration_id"], json!(first.keys.registration_id));
@@ -65,7 +68,8 @@ async fn registrations_with_anything_wrong_are_refused_and_make_nothing() {
 async fn identities_are_linked_by_token_and_belong_to_one_account() {
     let broker = TestBroker::start().await;
     let (a, b) = (broker.dev_token("a@socialink").await, broker.dev_token("a@vignette").await);
-    let answer = broker.call(Method::POST, "/v1/devices", None, Some(Keys::new(0).registration(&[&a, &b, &a]))).await.expect(StatusCode::CREATED);
+    let answer =
+        broker.call(Method::POST, "/v1/devices", None, Some(Keys::new(0).registration(&[&a, &b, &a]))).await.expect(StatusCode::CREATED);
     assert_eq!(answer.body["identities"], json!(["a@socialink", "a@vignette"]));
     let device = broker.register("a@vignette").await;
     assert_eq!(json!(device.account), answer.body["account_id"], "either identity leads to the account");

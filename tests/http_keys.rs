@@ -33,7 +33,10 @@ async fn bundles_hold_what_a_session_needs_and_fall_back_when_pools_are_empty() 
         verify(first);
         verify(second);
         assert_eq!((&first["device_id"], &first["registration_id"]), (&json!(1), &json!(bob.keys.registration_id)));
-        assert_eq!((&second["device_id"], &second["one_time_prekey"], &second["pq_prekey"]["id"]), (&json!(tablet.id), &Value::Null, &json!(1)));
+        assert_eq!(
+            (&second["device_id"], &second["one_time_prekey"], &second["pq_prekey"]["id"]),
+            (&json!(tablet.id), &Value::Null, &json!(1))
+        );
         if round < 2 {
             assert!(one_time.insert(first["one_time_prekey"]["id"].as_u64()), "handed out once");
             assert!(one_time.insert(first["pq_prekey"]["id"].as_u64()), "handed out once");
@@ -82,7 +85,11 @@ async fn each_one_time_key_is_handed_out_once_also_to_many_at_once_and_across_a_
 async fn uploads_are_verified_counted_and_capped() {
     let broker = TestBroker::start().await;
     let (bob, alice) = (broker.register_with("bob@local", 0).await, broker.register_with("alice@local", 0).await);
-    let counts = broker.put(&bob, "/v1/keys", json!({ "one_time_prekeys": [Keys::ec(1), Keys::ec(2)], "pq_one_time_prekeys": [bob.keys.signed_pq(7)] }));
+    let counts = broker.put(
+        &bob,
+        "/v1/keys",
+        json!({ "one_time_prekeys": [Keys::ec(1), Keys::ec(2)], "pq_one_time_prekeys": [bob.keys.signed_pq(7)] }),
+    );
     assert_eq!(counts.await.expect(StatusCode::OK).body, json!({ "one_time_prekeys": 2, "pq_one_time_prekeys": 1 }));
     assert_eq!(broker.get(&bob, "/v1/keys").await.body, json!({ "one_time_prekeys": 2, "pq_one_time_prekeys": 1 }));
 

@@ -87,7 +87,8 @@ async fn wrong_devices_are_answered_with_lists_and_nothing_is_accepted() {
     let path = format!("/v1/accounts/{}/messages", phone.account);
     let mut ghost = phone.envelope(b"x");
     ghost["device_id"] = json!(77);
-    let extra = broker.post(&alice, &path, json!({ "client_message_id": 1, "envelopes": [phone.envelope(b"x"), tablet.envelope(b"x"), ghost] }));
+    let extra =
+        broker.post(&alice, &path, json!({ "client_message_id": 1, "envelopes": [phone.envelope(b"x"), tablet.envelope(b"x"), ghost] }));
     assert_eq!(extra.await.refused(409, "device_mismatch").body["extra_devices"], json!([77]));
     let mut stale = tablet.envelope(b"x");
     stale["registration_id"] = json!(tablet.keys.registration_id % 16_380 + 1);

@@ -155,7 +155,7 @@ impl Worker {
             let due = [self.window_ends, self.soon_at].into_iter().flatten().min().unwrap_or(expire_at).min(expire_at);
             tokio::select! {
                 biased;
-                _ = stop.wait_for(|stop| *stop) => break,
+                () = async { let _ = stop.wait_for(|stop| *stop).await; } => break,
                 () = tokio::time::sleep_until(due) => {}
                 consumed = consumer.next() => self.consumed(consumed?, consumer.as_mut()).await?,
             }
