@@ -154,6 +154,11 @@ fn topic_of(number: u8) -> Result<Topic, Invalid> {
     Topic::ALL.get(usize::from(number)).copied().ok_or(Invalid("a run names an unknown topic"))
 }
 
+/// CRC32C.
+pub fn checksum(bytes: &[u8]) -> u32 {
+    crc32c::crc32c(bytes)
+}
+
 /// The next multiple of `to`, a power of two.
 pub const fn align(at: u64, to: u64) -> u64 {
     (at + to - 1) & !(to - 1)
@@ -315,4 +320,113 @@ fn u32_at(bytes: &[u8], at: usize) -> u32 {
 
 fn u64_at(bytes: &[u8], at: usize) -> u64 {
     u64::from(u32_at(bytes, at)) | u64::from(u32_at(bytes, at + 4)) << 32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OF: TopicPartition = TopicPartition { topic: Topic::Directory, partition: Partition(3) };
+
+    /// One chunk with a run of next offsets and a run of records.
+    fn chunk(salt: u64, payloads: &[Vec<u8>]) -> Vec<u8> {
+        let data: usize = payloads.iter().map(|payload| payload.len() + RECORD_HEADER_BYTES).sum();
+        let start = CHUNK_HEADER_BYTES + 2 * RUN_HEADER_BYTES;
+        let mut out = vec![0; start + NEXT_BYTES + data];
+        put_next(&mut out[start..], OF, 41);
+        let mut at = start + NEXT_BYTES;
+        for payload in payloads {
+            at += put_record(&mut out[at..], UnixMillis(1_700_000_000_000), payload);
+        }
+        let next = RunHead {
+            kind: RunKind::Next,
+            of: OF,
+            count: 1,
+            base: 0,
+            len: NEXT_BYTES as u32,
+            crc: crc32c::crc32c(&out[start..start + NEXT_BYTES]),
+        };
+        let crc = crc32c::crc32c(&out[start + NEXT_BYTES..]);
+        let records = RunHead { kind: RunKind::Records, of: OF, count: payloads.len() as u32, base: 41, len: data as u32, crc };
+        put_run(&mut out[CHUNK_HEADER_BYTES..], &next);
+        put_run(&mut out[CHUNK_HEADER_BYTES + RUN_HEADER_BYTES..], &records);
+        let head = ChunkHead { commit: 7, written_ms: 8, len: out.len() as u32, runs: 2 };
+        put_chunk_head(&mut out, salt, &head);
+        out
+    }
+
+    fn parse(bytes: &[u8], salt: u64) -> Result<Vec<Record>, Invalid> {
+        let head = chunk_head(bytes, salt)?;
+        let runs = table(bytes, &head)?;
+        check_data(bytes, &head, &runs)?;
+        let mut at = head.table_end();
+        let mut out = Vec::new();
+        for run in &runs {
+            let data = Bytes::copy_from_slice(&bytes[at..at + run.len as usize]);
+            at += data.len();
+            match run.kind {
+                RunKind::Next => assert_eq!(nexts(&data, run)?, [(OF, 41)]),
+                RunKind::Records | RunKind::Carried => out.extend(records(&data, run)?),
+            }
+        }
+        Ok(out)
+    }
+
+    /// Golden bytes: a change here makes every existing log unreadable.
+    #[test]
+    fn bytes_are_fixed() {
+        let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+        let expected = GOLDEN.iter().map(|line| line.replace(' ', "")).collect::<String>();
+        assert_eq!(hex(&chunk(0x0102_0304_0506_0708, &[b"one".to_vec(), vec![]])), expected);
+        let header = SegmentHeader { log: 1, number: 2, salt: 3, size: 4096 }.encode();
+        assert_eq!(hex(&header[..48]), GOLDEN_SEGMENT);
+        assert_eq!(crc32c::crc32c(b"123456789"), 0xe306_9283, "CRC32C's own check value");
+    }
+    const GOLDEN: [&str; 5] = [
+        "53504331 029c0ced 08070605 04030201 07000000 00000000 08000000 00000000 87000000 02000000 00000000 00000000",
+        "02020300 01000000 00000000 00000000 0c000000 47fb9217",
+        "00020300 02000000 29000000 00000000 1b000000 23652d5c",
+        "02000300 29000000 00000000",
+        "03000000 0068e5cf 8b010000 6f6e6500 00000000 68e5cf8b 010000",
+    ];
+    const GOLDEN_SEGMENT: &str = "53504c4f4753454701000000e4fa56ef0100000000000000020000000000000003000000000000000010000000000000";
+
+    #[test]
+    fn another_salt_is_another_segment() {
+        let bytes = chunk(5, &[b"x".to_vec()]);
+        assert!(parse(&bytes, 5).is_ok());
+        assert_eq!(parse(&bytes, 6), Err(Invalid("the chunk belongs to another segment")));
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn chunks_come_back(payloads in proptest::collection::vec(proptest::collection::vec(proptest::prelude::any::<u8>(), 0..80), 0..20), salt: u64) {
+            let got = parse(&chunk(salt, &payloads), salt).expect("as written");
+            for (n, (record, payload)) in got.iter().zip(&payloads).enumerate() {
+                proptest::prop_assert_eq!((record.offset, &record.payload[..]), (Offset(41 + n as u64), &payload[..]));
+            }
+            proptest::prop_assert_eq!(got.len(), payloads.len());
+        }
+
+        #[test]
+        fn one_wrong_bit_is_noticed(payloads in proptest::collection::vec(proptest::collection::vec(proptest::prelude::any::<u8>(), 0..80), 0..5), bit: proptest::sample::Index) {
+            let mut bytes = chunk(9, &payloads);
+            let bit = bit.index(bytes.len() * 8);
+            bytes[bit / 8] ^= 1 << (bit % 8);
+            proptest::prop_assert!(parse(&bytes, 9).is_err());
+        }
+
+        #[test]
+        fn any_bytes_are_harmless(bytes in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..400)) {
+            let salt = if bytes.len() < 16 { 0 } else { u64_at(&bytes, 8) };
+            let _ = parse(&bytes, salt);
+            let _ = SegmentHeader::decode(&bytes);
+            let data = Bytes::from(bytes);
+            for count in [0, 1, 5, u32::MAX] {
+                let run = RunHead { kind: RunKind::Records, of: OF, count, base: 3, len: data.len() as u32, crc: crc32c::crc32c(&data) };
+                let _ = records(&data, &run);
+                let _ = nexts(&data, &run);
+            }
+        }
+    }
 }
