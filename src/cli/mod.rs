@@ -6,6 +6,7 @@ use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
 pub mod canary;
+pub mod chat;
 pub mod child;
 pub mod demo;
 pub mod load;
@@ -24,6 +25,7 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Chat(Box<chat::ChatArgs>),
     Demo(demo::Args),
     Load(load::Args),
     Token(token::Args),
@@ -41,6 +43,7 @@ pub fn main() -> ExitCode {
     };
     let outcome = runtime.block_on(async {
         match cli.command {
+            Command::Chat(args) => chat::run(*args).await,
             Command::Demo(args) => demo::run(args).await,
             Command::Load(args) => load::run(args).await,
             Command::Token(args) => token::run(args).await,
