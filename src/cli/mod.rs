@@ -34,7 +34,9 @@ enum Command {
 /// Parses the arguments and runs the command.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
-    log_to_stderr(cli.log_json, false);
+    // Over a chat's screen nothing else may be written.
+    let level = if matches!(cli.command, Command::Chat(_)) { "off" } else { "warn" };
+    log_to_stderr(cli.log_json, level);
     // Ring for all TLS; choosing twice is harmless.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
@@ -60,9 +62,14 @@ fn fail(error: &anyhow::Error) -> ExitCode {
     ExitCode::FAILURE
 }
 
-fn log_to_stderr(json: bool, serving: bool) {
-    let default = if serving { "info" } else { "warn" };
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
+fn log_to_stderr(json: bool, level: &str) {
+    // libsignal logs addresses and ratchet keys: never wanted, unless somebody asks for it by name.
+    let quiet = |level: &str| EnvFilter::new(format!("{level},libsignal_protocol_syft=off"));
+    let filter = match std::env::var(EnvFilter::DEFAULT_ENV) {
+        Ok(chosen) if chosen.contains("libsignal") => EnvFilter::new(chosen),
+        Ok(chosen) if !chosen.is_empty() => quiet(&chosen),
+        _ => quiet(level),
+    };
     let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
     if json {
         lines.json().init();

@@ -46,6 +46,8 @@ impl HttpTransport {
         let client = reqwest::Client::builder()
             .timeout(REQUEST)
             .connect_timeout(CONNECT)
+            // As the stream, which knows no proxies: half a connection would be worse than none.
+            .no_proxy()
             .tcp_nodelay(true)
             .redirect(reqwest::redirect::Policy::none())
             .build()
