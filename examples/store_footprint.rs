@@ -86,8 +86,33 @@ async fn main() {
     let start = Instant::now();
     store.write(DeliveryWrite { drop_to: vec![(one, Seq(10_000))], ..Default::default() }).await.expect("writes");
     println!("dropped in {:?}", start.elapsed());
+    backlog(&store).await;
     takes(&store).await;
     println!("memory at the end: {:.1} MB", resident() as f64 / 1e6);
+}
+
+/// Many devices' backlogs as fast as they go in, a window of 1,000 items a write; then everything is dropped.
+async fn backlog(store: &Arc<EmbeddedStore>) {
+    let (start, mut worst) = (Instant::now(), Duration::ZERO);
+    for batch in 0..200 {
+        let put = (0..1000).map(|i| (device(30_000 + i, 1), envelope(batch + 1, 5, 1024))).collect();
+        let write = Instant::now();
+        store.write(DeliveryWrite { put, ..Default::default() }).await.expect("writes");
+        worst = worst.max(write.elapsed());
+    }
+    println!("200,000 pending of 1 KiB for 1,000 devices written in {:?}, worst window {worst:?}", start.elapsed());
+    println!("memory then: {:.1} MB, disk {:.1} MB", resident() as f64 / 1e6, store.disk_bytes() as f64 / 1e6);
+    let start = Instant::now();
+    let mut worst = Duration::ZERO;
+    for n in 0..1000 {
+        let one = device(30_000 + n, 1);
+        let read = Instant::now();
+        assert_eq!(store.pending(one, Seq::ZERO, Seq::MAX, 1000, usize::MAX).await.expect("reads").len(), 200);
+        worst = worst.max(read.elapsed());
+        let inboxes = vec![(one, Some(InboxState { cursor: Seq(200), ..Default::default() }))];
+        store.write(DeliveryWrite { drop_to: vec![(one, Seq(200))], inboxes, ..Default::default() }).await.expect("writes");
+    }
+    println!("read and dropped in {:?}, worst read {worst:?}, memory {:.1} MB", start.elapsed(), resident() as f64 / 1e6);
 }
 
 /// 500 takes a second, open loop.

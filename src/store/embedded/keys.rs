@@ -135,6 +135,10 @@ impl KeyThread {
         self.state.db.disk_space().unwrap_or(0)
     }
 
+    pub(super) fn health(&self) -> Result<(), StoreError> {
+        self.state.db.persist(PersistMode::Buffer).map_err(unavailable)
+    }
+
     async fn call(&self, op: Op) -> Result<Answer, StoreError> {
         let closed = || StoreError::Unavailable("the key thread is gone; restart the server".into());
         let (reply, answer) = oneshot::channel();

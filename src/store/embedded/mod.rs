@@ -47,7 +47,7 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { cache_bytes: 8 * MIB, pending_buffer_bytes: 16 * MIB, discard_view: false }
+        Self { cache_bytes: 8 * MIB, pending_buffer_bytes: 8 * MIB, discard_view: false }
     }
 }
 
@@ -153,10 +153,10 @@ impl View {
     }
 }
 
-fn database(path: &Path, cache_bytes: u64) -> fjall::Result<Database> {
+fn database(path: &Path, cache_bytes: u64, threads: usize) -> fjall::Result<Database> {
     Database::builder(path)
         .cache_size(cache_bytes)
-        .worker_threads(1)
+        .worker_threads(threads)
         .max_cached_files(Some(128))
         // The least that the crate takes; past it the oldest journal is flushed away.
         .max_journaling_size(64 * MIB)
@@ -172,14 +172,15 @@ impl EmbeddedStore {
         check_format(dir)?;
 
         let state_dir = dir.join("state");
-        let state = database(&state_dir, MIB).map_err(|error| open_error(dir, error, |reason| state_damaged(&state_dir, reason)))?;
+        let state = database(&state_dir, MIB, 1).map_err(|error| open_error(dir, error, |reason| state_damaged(&state_dir, reason)))?;
         // The state's lock is held: whoever comes here is the only one.
         let view_dir = dir.join("view");
         if options.discard_view {
             discard(&view_dir).map_err(io)?;
         }
         let view_damaged = |reason| OpenError::ViewDamaged { dir: view_dir.clone(), reason };
-        let view_db = database(&view_dir, options.cache_bytes).map_err(|error| open_error(dir, error, view_damaged))?;
+        // Two threads: of several, one leaves merging to the others, so that writing out never waits for it.
+        let view_db = database(&view_dir, options.cache_bytes, 2).map_err(|error| open_error(dir, error, view_damaged))?;
         let clearing = dir.join(CLEARING);
         if clearing.exists() {
             drop_view(&view_db).map_err(|error| open_error(dir, error, view_damaged))?;
@@ -215,6 +216,13 @@ impl EmbeddedStore {
         finish_clearing(&self.view_db, &clearing).map_err(io)
     }
 
+    /// `Err` with the reason if a failed write or sync stopped the stores: they take nothing more until they are opened anew.
+    pub fn health(&self) -> Result<(), StoreError> {
+        self.view_db.persist(fjall::PersistMode::Buffer).map_err(unavailable)?;
+        self.keys.health()?;
+        self.seals.health()
+    }
+
     /// Bytes on disk, journals included.
     pub fn disk_bytes(&self) -> u64 {
         self.view_db.disk_space().unwrap_or(0) + self.keys.disk_bytes() + self.seals.disk_bytes()
@@ -222,6 +230,15 @@ impl EmbeddedStore {
 
     fn view(&self) -> Arc<View> {
         self.view.read().clone()
+    }
+}
+
+impl Drop for EmbeddedStore {
+    fn drop(&mut self) {
+        // Nothing is owed: this only saves the next start a replay if the power goes before the system writes it out.
+        if let Err(error) = self.view_db.persist(fjall::PersistMode::SyncAll) {
+            tracing::warn!(%error, "the view could not be synced while closing; the log will be replayed");
+        }
     }
 }
 

@@ -16,8 +16,8 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 
 use parking_lot::RwLock;
@@ -69,6 +69,8 @@ struct Shared {
     file: File,
     index: RwLock<HashMap<AccountId, Place>>,
     slots: AtomicU64,
+    /// Set after a failed write or sync: what is on disk is unknown until the file is opened anew.
+    failed: OnceLock<String>,
 }
 
 enum Op {
@@ -99,9 +101,9 @@ impl SealFile {
             next = recover(&file, bytes, path, &mut index)?;
         }
         let slots = (bytes / SLOT as u64).max(1);
-        let shared = Arc::new(Shared { file, index: RwLock::new(index), slots: AtomicU64::new(slots) });
+        let shared = Arc::new(Shared { file, index: RwLock::new(index), slots: AtomicU64::new(slots), failed: OnceLock::new() });
         let (ops, queue) = mpsc::channel(limits::KEY_STORE_QUEUE);
-        let writer = Writer { shared: shared.clone(), next, failed: None };
+        let writer = Writer { shared: shared.clone(), next };
         let thread = std::thread::Builder::new().name("store-seals".into()).spawn(move || writer.run(queue)).map_err(io_error)?;
         Ok(Self { shared, ops: Some(ops), thread: Some(thread) })
     }
@@ -127,6 +129,10 @@ impl SealFile {
         let (reply, answer) = oneshot::channel();
         self.send(Op::Destroy { account, reply }).await?;
         answer.await.map_err(|_| closed())?
+    }
+
+    pub(super) fn health(&self) -> Result<(), StoreError> {
+        self.shared.health()
     }
 
     pub(super) fn disk_bytes(&self) -> u64 {
@@ -216,6 +222,10 @@ fn recover(file: &File, bytes: u64, path: &Path, index: &mut HashMap<AccountId, 
 }
 
 impl Shared {
+    fn health(&self) -> Result<(), StoreError> {
+        self.failed.get().map_or(Ok(()), |reason| Err(StoreError::Unavailable(reason.clone())))
+    }
+
     fn read(&self, account: AccountId, slot: u32) -> Result<Option<SealKey>, StoreError> {
         let mut bytes = Zeroizing::new([0; SLOT]);
         self.file.read_exact_at(&mut *bytes, u64::from(slot) * SLOT as u64).map_err(|e| StoreError::Unavailable(e.to_string()))?;
@@ -249,8 +259,6 @@ struct Writer {
     shared: Arc<Shared>,
     /// The first slot that was never used.
     next: u32,
-    /// Set after a failed write or sync: what is on disk is unknown until the file is opened anew.
-    failed: Option<String>,
 }
 
 /// Where an answer goes, and what it is if the sync succeeds.
@@ -333,27 +341,26 @@ impl Writer {
         Ok(())
     }
 
-    fn write(&mut self, place: Place, bytes: &Slot) -> Result<(), StoreError> {
-        if let Some(reason) = &self.failed {
-            return Err(StoreError::Unavailable(reason.clone()));
-        }
+    fn write(&self, place: Place, bytes: &Slot) -> Result<(), StoreError> {
+        self.shared.health()?;
         if self.next >= Place::GONE {
             return Err(StoreError::LimitReached);
         }
         self.shared.write(place.slot(), bytes).map_err(|error| self.fail(&error))
     }
 
-    fn sync(&mut self, group: &Group) -> Result<(), StoreError> {
+    fn sync(&self, group: &Group) -> Result<(), StoreError> {
         if group.places.is_empty() {
             return Ok(());
         }
         self.shared.file.sync_data().map_err(|error| self.fail(&error))
     }
 
-    fn fail(&mut self, error: &io::Error) -> StoreError {
+    fn fail(&self, error: &io::Error) -> StoreError {
         let reason = format!("writing the at-rest keys failed ({error}); restart the server once the disk is well");
         tracing::error!(%error, "writing the at-rest keys failed; no more are made or destroyed until a restart");
-        self.failed = Some(reason.clone());
+        // The first reason stands.
+        let _ = self.shared.failed.set(reason.clone());
         StoreError::Unavailable(reason)
     }
 }
