@@ -51,7 +51,7 @@ bench: tools
 	$(CARGO) bench --all-features
 
 kill-audit: tools
-	SEALPOST_KILL_ROUNDS=200 $(CARGO) test --release --all-features --test kill_audit -- --nocapture
+	SEALPOST_TEST_KILL_ROUNDS=200 $(CARGO) test --release --all-features --test kill_audit -- --nocapture
 
 fuzz: tools
 	@rustup toolchain list 2>/dev/null | grep -q nightly || { echo "installing nightly Rust, which cargo-fuzz needs"; rustup toolchain install nightly --profile minimal; }

@@ -27,7 +27,7 @@ struct Cli {
 enum Command {
     Chat(Box<chat::ChatArgs>),
     Demo(demo::Args),
-    Load(load::Args),
+    Load(Box<load::Args>),
     Token(token::Args),
 }
 
@@ -47,7 +47,7 @@ pub fn main() -> ExitCode {
         match cli.command {
             Command::Chat(args) => chat::run(*args).await,
             Command::Demo(args) => demo::run(args).await,
-            Command::Load(args) => load::run(args).await,
+            Command::Load(args) => load::run(*args).await,
             Command::Token(args) => token::run(args).await,
         }
     });

@@ -1,0 +1,149 @@
+//! G-BLIND: nothing that people write and no private key is anywhere in what the broker keeps or says. Real clients talk
+//! through a real broker process; then its folder, its log and its metrics are searched, while it runs, right after it was
+//! killed, and after it stopped.
+#![allow(clippy::unwrap_used, reason = "a test")]
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use libsignal_protocol::{GenericSignedPreKey as _, IdentityKeyPair, KyberPreKeyRecord, PreKeyRecord, SignedPreKeyRecord};
+use sealpost::cli::canary::{Canary, Searched};
+use sealpost::cli::child::BrokerProcess;
+use sealpost::client::{Client, Message, Status, dev_token};
+use sealpost::ids::AccountId;
+
+async fn join(server: &str, identity: &str, folder: &Path, device: &str) -> Arc<Client> {
+    let token = dev_token(server, &identity.parse().unwrap()).await.unwrap();
+    Arc::new(Client::register(server, vec![token], device, folder.join(device)).await.unwrap())
+}
+
+async fn until<T>(what: &str, look: impl AsyncFn() -> Option<T>) -> T {
+    let began = Instant::now();
+    loop {
+        if let Some(found) = look().await {
+            return found;
+        }
+        assert!(began.elapsed() < Duration::from_secs(30), "{what}: not within 30 s");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+async fn with_body(client: &Client, peer: AccountId, body: &str) -> Option<Message> {
+    let history = client.history(peer, u64::MAX, 200).await.unwrap();
+    history.into_iter().find(|message| message.body.as_deref() == Some(body))
+}
+
+/// Every private key in a client's database, and what else only its owner may know.
+fn secrets(database: &Path) -> Vec<Vec<u8>> {
+    let connection = rusqlite::Connection::open(database).unwrap();
+    let blobs = |query: &str| -> Vec<Vec<u8>> {
+        let mut statement = connection.prepare(query).unwrap();
+        statement.query_map([], |row| row.get(0)).unwrap().map(Result::unwrap).collect()
+    };
+    let mut out = Vec::new();
+    for pair in blobs("SELECT value FROM meta WHERE key = 'own_identity'") {
+        out.push(IdentityKeyPair::try_from(&pair[..]).unwrap().private_key().serialize());
+    }
+    for record in blobs("SELECT record FROM prekeys") {
+        out.push(PreKeyRecord::deserialize(&record).unwrap().private_key().unwrap().serialize());
+    }
+    for record in blobs("SELECT record FROM signed_prekeys") {
+        out.push(SignedPreKeyRecord::deserialize(&record).unwrap().private_key().unwrap().serialize());
+    }
+    for record in blobs("SELECT record FROM kyber_prekeys") {
+        let secret = KyberPreKeyRecord::deserialize(&record).unwrap().secret_key().unwrap().serialize();
+        // Behind the type byte stands the secret vector; the public key, which the server has, comes after it.
+        out.push(secret[1..65].to_vec());
+    }
+    assert!(out.len() > 3 && out.iter().all(|secret| secret.len() >= 32), "the database has private keys");
+    out
+}
+
+async fn search(canary: &Canary, broker: &BrokerProcess, when: &str) -> Searched {
+    let mut searched = Searched::default();
+    canary.search_folder(broker.data(), &mut searched).unwrap();
+    canary.search(&std::fs::read(broker.log()).unwrap(), &mut searched);
+    if broker.pid().is_some() {
+        for path in ["metrics", "openapi.json", "v1/server"] {
+            let url = broker.url().join(path).unwrap();
+            let body = reqwest::Client::builder().no_proxy().build().unwrap().get(url).send().await.unwrap().bytes().await.unwrap();
+            assert!(!body.is_empty(), "{path} says something");
+            canary.search(&body, &mut searched);
+        }
+    }
+    println!("{when}: {} bytes in {} sources searched, {} found", searched.bytes, searched.sources, searched.found);
+    assert_eq!(searched.found, 0, "{when}");
+    assert!(searched.sources > 3 && searched.bytes > 10_000, "{when}: there was something to search: {searched:?}");
+    searched
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn plaintext_and_private_keys_are_nowhere_on_the_server() {
+    let folder = tempfile::tempdir().unwrap();
+    let program = Path::new(env!("CARGO_BIN_EXE_sealpost"));
+    let mut broker = BrokerProcess::start(program, &folder.path().join("server"), &folder.path().join("server.log")).await.unwrap();
+    let server = broker.url().as_str().trim_end_matches('/').to_owned();
+    let alice = join(&server, "alice@socialink", folder.path(), "alice").await;
+    let bob = join(&server, "bob@vignette", folder.path(), "bob").await;
+    // Away all the time: what is for it rests on the server's disk.
+    let laptop = join(&server, "bob@vignette", folder.path(), "laptop").await;
+    alice.start();
+    bob.start();
+
+    let texts: Vec<String> =
+        (0..20).map(|n| format!("The heron waits by weir number {n}, nobody else may know. Ça reste entre nous, 鷺 {n}.")).collect();
+    for (n, text) in texts.iter().enumerate() {
+        let (from, to) = if n % 2 == 0 { (&alice, bob.account()) } else { (&bob, alice.account()) };
+        from.send_text(to, text).await.unwrap();
+        let (other, author) = if n % 2 == 0 { (&bob, alice.account()) } else { (&alice, bob.account()) };
+        until("a text arrives", async || with_body(other, author, text).await).await;
+    }
+    let first = until("alice's own text", async || with_body(&alice, bob.account(), &texts[0]).await).await;
+    let edited = "Edited: the heron has left for the southern weir by night.";
+    alice.edit(&first, edited).await.unwrap();
+    let reaction = "seen-by-the-heron 🪶";
+    let at_bob = until("the edit arrives", async || with_body(&bob, alice.account(), edited).await).await;
+    bob.react(&at_bob, Some(reaction)).await.unwrap();
+    bob.mark_read(alice.account(), u64::MAX).await.unwrap();
+    until("read ticks arrive", async || {
+        let message = with_body(&alice, bob.account(), &texts[18]).await?;
+        (message.status == Status::Read).then_some(())
+    })
+    .await;
+
+    let mut canary = Canary::new();
+    for text in texts.iter().map(String::as_str).chain([edited, reaction, "The heron waits by weir", "nobody else may know"]) {
+        assert!(canary.add(text.as_bytes()));
+    }
+    for device in ["alice", "bob", "laptop"] {
+        for secret in secrets(&copy(folder.path(), device)) {
+            assert!(canary.add(&secret));
+        }
+    }
+    search(&canary, &broker, "while it runs").await;
+    broker.kill9();
+    search(&canary, &broker, "after kill -9").await;
+    broker.restart().await.unwrap();
+
+    laptop.start();
+    until("the laptop catches up", async || with_body(&laptop, alice.account(), &texts[18]).await).await;
+    search(&canary, &broker, "after catching up").await;
+    for client in [&alice, &bob, &laptop] {
+        client.stop().await;
+    }
+    assert!(broker.stop(Duration::from_secs(30)).await.unwrap(), "it stops well when asked to");
+    search(&canary, &broker, "after it stopped").await;
+}
+
+/// A database as it is now, beside the one that its client has locked.
+fn copy(folder: &Path, device: &str) -> std::path::PathBuf {
+    let to = folder.join(format!("copy-of-{device}"));
+    for ending in ["", "-wal"] {
+        let from = folder.join(format!("{device}{ending}"));
+        if from.exists() {
+            std::fs::copy(from, folder.join(format!("copy-of-{device}{ending}"))).unwrap();
+        }
+    }
+    to
+}
