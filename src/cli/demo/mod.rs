@@ -254,18 +254,19 @@ async fn safety_numbers(stage: &Stage, cast: &Cast) -> anyhow::Result<()> {
 
 /// Texts are sent while the broker dies and comes back.
 async fn killing(stage: &Stage, cast: &Cast, broker: &mut BrokerProcess) -> anyhow::Result<u32> {
-    const KILLS: u32 = 3;
-    for round in 0..KILLS {
-        let lines: Vec<_> = STORM.iter().skip(round as usize).step_by(KILLS as usize).collect();
+    const LINES_A_KILL: usize = 4;
+    let mut kills = 0;
+    for lines in STORM.chunks(LINES_A_KILL) {
         let (before, after) = lines.split_at(lines.len() / 2);
-        for &&(who, body) in before {
+        for &(who, body) in before {
             cast.say(stage, who, body, false).await?;
         }
         // No waiting: some of these are accepted, some are on their way, some have not left.
         let pid = broker.pid().unwrap_or_default();
         broker.kill9();
+        kills += 1;
         stage.broker(&format!("kill -9 {pid}"));
-        for &&(who, body) in after {
+        for &(who, body) in after {
             cast.say(stage, who, body, false).await?;
         }
         stage.pause(1).await;
@@ -279,7 +280,7 @@ async fn killing(stage: &Stage, cast: &Cast, broker: &mut BrokerProcess) -> anyh
         stage.tell(&format!("Everything has arrived {:.0} ms later.", millis(took)));
         stage.pause(1).await;
     }
-    Ok(KILLS)
+    Ok(kills)
 }
 
 async fn search(broker: &BrokerProcess, bodies: &[String]) -> anyhow::Result<(Searched, Searched, Searched)> {

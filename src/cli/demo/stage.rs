@@ -83,7 +83,7 @@ impl Stage {
     /// The table at the end.
     pub fn curtain(&self, ending: &Ending) {
         let mut table = Table::new();
-        table.load_style(presets::UTF8_HORIZONTAL_ONLY);
+        table.load_style(presets::UTF8_FULL_CONDENSED);
         let mut row = |name: &str, value: String, good: Option<bool>| {
             let mut value = Cell::new(value).set_alignment(CellAlignment::Right);
             if let Some(good) = good.filter(|_| self.colours) {
