@@ -112,6 +112,15 @@ async fn plaintext_and_private_keys_are_nowhere_on_the_server() {
     })
     .await;
 
+    // The search itself is proven by what the server must have: a public key.
+    let connection = rusqlite::Connection::open(copy(folder.path(), "bob")).unwrap();
+    let pair: Vec<u8> = connection.query_row("SELECT value FROM meta WHERE key = 'own_identity'", [], |row| row.get(0)).unwrap();
+    let mut control = Canary::new();
+    control.add(IdentityKeyPair::try_from(&pair[..]).unwrap().public_key().public_key_bytes());
+    let mut searched = Searched::default();
+    control.search_folder(broker.data(), &mut searched).unwrap();
+    assert!(searched.found > 0, "a public key is found where it must be");
+
     let mut canary = Canary::new();
     for text in texts.iter().map(String::as_str).chain([edited, reaction, "The heron waits by weir", "nobody else may know"]) {
         assert!(canary.add(text.as_bytes()));

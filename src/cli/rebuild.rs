@@ -38,7 +38,11 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     if args.json {
         println!("{}", serde_json::json!({ "records": done.records, "seconds": done.elapsed.as_secs_f64() }));
     } else {
-        println!("The view was rebuilt from {} records in {:.1} s. Start the broker again with `sealpost serve`.", done.records, done.elapsed.as_secs_f64());
+        println!(
+            "The view was rebuilt from {} records in {:.1} s. Start the broker again with `sealpost serve`.",
+            done.records,
+            done.elapsed.as_secs_f64()
+        );
     }
     Ok(())
 }
