@@ -10,6 +10,8 @@ pub mod chat;
 pub mod child;
 pub mod demo;
 pub mod load;
+pub mod rebuild;
+pub mod serve;
 pub mod token;
 
 /// End-to-end encrypted messaging for social platforms: a broker that can read nothing, and its clients.
@@ -28,6 +30,8 @@ enum Command {
     Chat(Box<chat::ChatArgs>),
     Demo(demo::Args),
     Load(Box<load::Args>),
+    Rebuild(rebuild::Args),
+    Serve(serve::Args),
     Token(token::Args),
 }
 
@@ -35,7 +39,12 @@ enum Command {
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
     // Over a chat's screen nothing else may be written.
-    let level = if matches!(cli.command, Command::Chat(_)) { "off" } else { "warn" };
+    let level = match cli.command {
+        Command::Chat(_) => "off",
+        // The store's own steps are noise.
+        Command::Serve(_) => "info,fjall=warn,lsm_tree=warn",
+        _ => "warn",
+    };
     log_to_stderr(cli.log_json, level);
     // Ring for all TLS; choosing twice is harmless.
     let _ = rustls::crypto::ring::default_provider().install_default();
@@ -48,6 +57,8 @@ pub fn main() -> ExitCode {
             Command::Chat(args) => chat::run(*args).await,
             Command::Demo(args) => demo::run(args).await,
             Command::Load(args) => load::run(*args).await,
+            Command::Rebuild(args) => rebuild::run(args).await,
+            Command::Serve(args) => serve::run(args).await,
             Command::Token(args) => token::run(args).await,
         }
     });
