@@ -90,7 +90,7 @@ fn mark_key() -> MarkKey {
 fn numbered_write(n: u64) -> DeliveryWrite {
     DeliveryWrite {
         positions: vec![(Partition(1), Offset(n))],
-        put: (1..4).map(|d| (device(d, 1), envelope(n, n, 3000))).collect(),
+        put: (1..4).map(|d| (device(d, 1), envelope(n, n, 20_000))).collect(),
         inboxes: (1..4).map(|d| (device(d, 1), Some(InboxState { items: n, ..Default::default() }))).collect(),
         marks: vec![(mark_key(), Mark { high: n, seen: 1 })],
         ..Default::default()
@@ -165,7 +165,7 @@ fn killed_while_writing_the_view_is_whole() {
             for d in 1..4 {
                 let items = store.pending(device(d, 1), Seq::ZERO, Seq::MAX, usize::MAX, usize::MAX).await.expect("reads");
                 assert_eq!(items.len() as u64, position);
-                assert_eq!(items, (1..=position).map(|n| envelope(n, n, 3000)).collect::<Vec<_>>());
+                assert_eq!(items, (1..=position).map(|n| envelope(n, n, 20_000)).collect::<Vec<_>>());
                 let inbox = store.inboxes(vec![device(d, 1)]).await.expect("reads")[0].unwrap_or_default();
                 assert_eq!(inbox.items, position);
             }
@@ -343,6 +343,34 @@ async fn a_cleared_view_can_be_made_again() {
     assert_eq!(store.count_one_time(dev, KeyKind::Pq).await, Ok(1), "the state stays");
 }
 
+/// Journals are laid aside at 64 MB: what they hold of a view that was cleared stays gone, what came behind them stays.
+#[tokio::test]
+async fn long_journals_reopen() {
+    let dir = folder();
+    let store = open(dir.path());
+    let fill = async |store: &EmbeddedStore, from: u64, to: u64| {
+        for n in from..to {
+            let put = (0..20).map(|d| (device(d, 1), envelope(n, n, 50_000))).collect();
+            let inboxes = (0..20).map(|d| (device(d, 1), Some(InboxState { items: n, ..Default::default() }))).collect();
+            let positions = vec![(Partition(0), Offset(n))];
+            store.write(DeliveryWrite { put, inboxes, positions, ..Default::default() }).await.expect("writes");
+        }
+    };
+    fill(&store, 1, 100).await;
+    store.clear_view().await.expect("clears");
+    fill(&store, 1, 80).await;
+    drop(store);
+    let store = open(dir.path());
+    let sections = store.dump_view().await.expect("reads").sections;
+    assert_eq!(sections.iter().map(|section| section.rows).collect::<Vec<_>>(), [79 * 20, 20, 0, 1, 0, 0, 0]);
+    fill(&store, 80, 160).await;
+    drop(store);
+    let store = open(dir.path());
+    assert_eq!(store.position(Partition(0)).await, Ok(Offset(159)));
+    assert_eq!(store.pending(device(3, 1), Seq::ZERO, Seq::MAX, 9999, 1 << 30).await.expect("reads").len(), 159);
+    assert!(store.disk_bytes() < 600 << 20, "{}", store.disk_bytes());
+}
+
 /// Removing more rows than one commit takes.
 #[tokio::test]
 async fn a_big_account_goes_whole() {
@@ -451,7 +479,7 @@ impl Model {
         for (n, d) in put {
             *seq += 1;
             let dev = device(*n, *d);
-            let item = if *seq % 5 == 0 { receipt(*seq) } else { envelope(*seq, *seq, (*seq % 700) as usize) };
+            let item = if (*seq).is_multiple_of(5) { receipt(*seq) } else { envelope(*seq, *seq, (*seq % 700) as usize) };
             self.pending.insert((dev, item.seq), item.clone());
             self.inboxes.entry(dev).or_default().items += 1;
             write.put.push((dev, item));

@@ -261,3 +261,14 @@ async fn waiters_are_capped() {
     assert!(world.directory.wait().is_ok());
     world.directory.complete(12345, Verdict::NotFound);
 }
+
+#[tokio::test]
+async fn the_cache_is_capped() {
+    let world = world();
+    let device = world.register("alice", 1).await;
+    let view = world.directory.get(device.account).await.expect("reads").expect("is there");
+    for n in 0..limits::CACHED_ACCOUNTS as u128 + 1_000 {
+        world.directory.cache.insert(AccountId::from_bytes(n.to_be_bytes()), view.clone());
+    }
+    assert!(world.directory.cache.len() <= limits::CACHED_ACCOUNTS);
+}
