@@ -187,7 +187,7 @@ async fn sample(dir: &Path, close: bool) -> (SimDisk, Vec<(u64, usize)>) {
     let mut count = 0;
     // Until the second segment has a few chunks.
     while chunks.len() < 5 {
-        let before = active(&disk).map(|(path, end)| (path, end));
+        let before = active(&disk);
         log.append(inbox(0), payload(count)).await.expect("works");
         if let Some((path, start)) = before
             && path.to_string_lossy().contains("002.seg")
@@ -508,7 +508,8 @@ async fn summaries_are_only_a_help() {
     }
     log.close().await;
     assert!(summaries(&disk).len() >= 5);
-    let variants: [&dyn Fn(&SimDisk, usize, &Path); 3] = [
+    type Change<'a> = &'a dyn Fn(&SimDisk, usize, &Path);
+    let variants: [Change<'_>; 3] = [
         &|_, _, _| (),
         &|disk, n, path| {
             use sealpost::log::embedded::disk::Disk as _;
@@ -526,5 +527,32 @@ async fn summaries_are_only_a_help() {
         let log = EmbeddedLog::open(options(dir.path(), &copy)).expect("opens");
         assert_eq!(read_all(&log, inbox(1)).await, expected);
         assert_eq!(log.append(inbox(1), payload(0)).await, Ok(Offset(200)));
+    }
+}
+
+/// At full speed the next segment is needed before it is filled with zeros; it is taken as it is.
+#[tokio::test]
+async fn a_segment_that_is_needed_early_is_taken_unfinished() {
+    let (dir, disk) = (TempDir::new().expect("folder"), SimDisk::default());
+    let open = || {
+        let mut options = options(dir.path(), &disk);
+        options.segment_bytes = 16 * 1024 * 1024;
+        options.tail_bytes = 0;
+        EmbeddedLog::open(options).expect("opens")
+    };
+    let log = open();
+    let started = std::time::Instant::now();
+    for n in 0..400usize {
+        log.append(inbox(n as u16 % 3), Bytes::from(vec![n as u8; 100_000])).await.expect("works");
+    }
+    println!("40 MB in {:?}", started.elapsed());
+    drop(log);
+    let disk = disk.power_off(3);
+    let mut options = options(dir.path(), &disk);
+    options.segment_bytes = 16 * 1024 * 1024;
+    let log = EmbeddedLog::open(options).expect("opens");
+    for n in 0..400u64 {
+        let records = log.read(inbox(n as u16 % 3), Offset(n / 3), 1).await.expect("readable");
+        assert_eq!((records[0].payload.len(), records[0].payload[0]), (100_000, n as u8));
     }
 }

@@ -27,8 +27,9 @@ pub trait DiskFile: Send + Sync {
     fn write_at(&self, bytes: &[u8], at: u64) -> io::Result<usize>;
     /// Reads some bytes at a position; 0 at the end.
     fn read_at(&self, bytes: &mut [u8], at: u64) -> io::Result<usize>;
-    /// Reserves room up to `len` and makes the file that long; fails at once if there is none.
-    fn allocate(&self, len: u64) -> io::Result<()>;
+    /// Makes the file that long and reserves the room; fails at once if there is none. `false` if this file system
+    /// can't reserve: then only writing does.
+    fn allocate(&self, len: u64) -> io::Result<bool>;
     /// fdatasync.
     fn sync_data(&self) -> io::Result<()>;
     /// fsync.
@@ -130,11 +131,10 @@ impl DiskFile for File {
         std::os::unix::fs::FileExt::read_at(self, bytes, at)
     }
 
-    fn allocate(&self, len: u64) -> io::Result<()> {
+    fn allocate(&self, len: u64) -> io::Result<bool> {
         match rustix::fs::fallocate(self, rustix::fs::FallocateFlags::empty(), 0, len) {
-            Ok(()) => Ok(()),
-            // The zeros that are written next reserve the room as well, only later.
-            Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => self.set_len(len),
+            Ok(()) => Ok(true),
+            Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => self.set_len(len).map(|()| false),
             Err(errno) => Err(errno.into()),
         }
     }

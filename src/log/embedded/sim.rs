@@ -298,8 +298,8 @@ impl DiskFile for SimFile {
         Ok(len)
     }
 
-    fn allocate(&self, len: u64) -> io::Result<()> {
-        self.0.lock().grow(self.1, len)
+    fn allocate(&self, len: u64) -> io::Result<bool> {
+        self.0.lock().grow(self.1, len).map(|()| true)
     }
 
     fn sync_data(&self) -> io::Result<()> {

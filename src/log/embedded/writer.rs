@@ -76,6 +76,8 @@ pub(super) struct Writer {
     next: Vec<u64>,
     /// The last chunk that was written confirms the ones before; itself it is confirmed by the next.
     sealed: bool,
+    /// The segment after the active one was asked for.
+    spare_wanted: bool,
     // Reused from commit to commit.
     fillings: Vec<Filling>,
     touched: Vec<u32>,
@@ -99,6 +101,7 @@ impl Writer {
             commit,
             next,
             sealed: true,
+            spare_wanted: false,
             fillings,
             touched: Vec::new(),
             buffer: Vec::new(),
@@ -345,7 +348,10 @@ impl Writer {
         info.written_ms = info.written_ms.max(now.0);
         self.commit += 1;
         self.sealed = false;
-        self.shared.spare.pace(info.number + 1, self.shared.next_size(info.size), info.end, info.size);
+        if !self.spare_wanted && info.end >= info.size / 4 {
+            self.spare_wanted = true;
+            self.shared.spare.want(info.number + 1, self.shared.next_size(info.size));
+        }
         self.shared.committed(self.heads.iter().map(|(_, head)| u64::from(head.count)).sum(), padded as u64);
         Ok(())
     }
@@ -416,6 +422,7 @@ impl Writer {
         match self.shared.spare.take(number, size, need as u64) {
             Ok(prepared) => {
                 self.shared.set_unavailable(None);
+                self.spare_wanted = false;
                 let full = std::mem::replace(&mut self.active, Active::fresh(prepared, self.commit));
                 if full.begun {
                     self.shared.keeper.sealed.lock().push(Sealed { info: full.info, after: self.next.clone() });
