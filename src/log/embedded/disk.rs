@@ -2,6 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -105,7 +106,8 @@ impl Disk for RealDisk {
     }
 
     fn open(&self, path: &Path, create: bool) -> io::Result<Arc<dyn DiskFile>> {
-        let file = OpenOptions::new().read(true).write(true).create(create).truncate(create).open(path)?;
+        // Nobody but the server's own user reads it.
+        let file = OpenOptions::new().read(true).write(true).create(create).truncate(create).mode(0o600).open(path)?;
         Ok(Arc::new(file))
     }
 

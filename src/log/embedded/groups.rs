@@ -117,13 +117,10 @@ impl Group {
         self.slots.get_mut(&slot).filter(|slot| slot.is_delivered_to(id))
     }
 
-    /// Wakes the owner of a partition.
-    pub fn wake(&self, slot: u32) {
-        if let Some(owner) = self.slots.get(&slot).and_then(|slot| slot.owner)
-            && let Some(member) = self.members.get(&owner)
-        {
-            member.wake.notify_one();
-        }
+    /// Who is to be woken when the partition has news.
+    pub fn waker(&self, slot: u32) -> Option<&Arc<Notify>> {
+        let owner = self.slots.get(&slot)?.owner?;
+        self.members.get(&owner).map(|member| &member.wake)
     }
 
     fn rebalance(&mut self, counts: &PartitionCounts) {

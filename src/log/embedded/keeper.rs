@@ -65,6 +65,7 @@ impl Shared {
             if let Err(error) = self.save_positions(false) {
                 tracing::warn!(%error, "the log can't save its consumers' positions; it tries again");
             }
+            self.heal();
             if let Err(error) = self.summarize() {
                 tracing::warn!(%error, "the log can't write a segment's summary; the next start takes longer");
             }

@@ -22,7 +22,8 @@ pub(super) struct Shared {
     pub spare: Spare,
     pub keeper: Keeper,
     pub open: Mutex<OpenSegments>,
-    unavailable: Mutex<Option<AppendError>>,
+    /// Why there is no next segment, its number and its size.
+    unavailable: Mutex<Option<(AppendError, u64, u64)>>,
     commits: AtomicU64,
     records: AtomicU64,
     bytes: AtomicU64,
@@ -67,13 +68,26 @@ impl Shared {
     }
 
     /// Whether the last attempt to get a segment failed.
-    pub fn set_unavailable(&self, error: Option<AppendError>) {
-        *self.unavailable.lock() = error;
+    pub fn set_unavailable(&self, missing: Option<(AppendError, u64, u64)>) {
+        *self.unavailable.lock() = missing;
+    }
+
+    /// Tries again to make a segment that could not be made. Without this a server that takes no work while the log is
+    /// unwell would never learn that there is room again.
+    pub fn heal(&self) {
+        let mut unavailable = self.unavailable.lock();
+        if let Some((_, number, size)) = *unavailable {
+            if self.spare.is_ready() {
+                *unavailable = None;
+            } else {
+                self.spare.want(number, size);
+            }
+        }
     }
 
     pub fn health(&self) -> Result<(), AppendError> {
         self.queue.check()?;
-        self.unavailable.lock().clone().map_or(Ok(()), Err)
+        self.unavailable.lock().as_ref().map_or(Ok(()), |(error, ..)| Err(error.clone()))
     }
 
     /// Counts a commit.

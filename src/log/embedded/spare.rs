@@ -75,6 +75,11 @@ impl Spare {
         }
     }
 
+    /// Whether one is there.
+    pub fn is_ready(&self) -> bool {
+        self.state.lock().ready.is_some()
+    }
+
     /// The segment with this number and at least `need` bytes; waits until it is made, or says why it can't be.
     pub fn take(&self, number: u64, size: u64, need: u64) -> Result<Prepared, String> {
         let mut state = self.state.lock();

@@ -4,6 +4,8 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
+use tokio::sync::Notify;
+
 use crate::ids::Offset;
 use crate::limits;
 use crate::log::embedded::format::RECORD_HEADER_BYTES;
@@ -80,6 +82,27 @@ pub(super) struct Published<'a> {
     pub runs: &'a [(u32, RunAt)],
     /// New records for the tail, by partition slot.
     pub records: &'a mut Vec<(u32, Vec<Record>)>,
+    /// What is to be done after the lock.
+    pub after: &'a mut After,
+}
+
+/// What a commit leaves to do when the view's lock is free again.
+#[derive(Default)]
+pub(super) struct After {
+    /// Runs that need not be in memory any more.
+    evicted: Vec<Run>,
+    /// Consumers that have something to read, each once.
+    wake: Vec<Arc<Notify>>,
+}
+
+impl After {
+    /// Wakes, and lets go.
+    pub fn run(&mut self) {
+        for wake in self.wake.drain(..) {
+            wake.notify_one();
+        }
+        self.evicted.clear();
+    }
 }
 
 /// See the module.
@@ -107,9 +130,8 @@ impl View {
         Self { parts: (0..parts).map(|_| Part::default()).collect(), ..Self::default() }
     }
 
-    /// Adds a commit that is durable, and moves runs that need not be in memory any more to `evicted`,
-    /// so that they are dropped after the lock.
-    pub fn publish(&mut self, commit: Published<'_>, tail_bytes_max: usize, evicted: &mut Vec<Run>) {
+    /// Adds a commit that is durable.
+    pub fn publish(&mut self, commit: Published<'_>, tail_bytes_max: usize) {
         let number = commit.segment.number;
         if number != self.active {
             self.active = number;
@@ -129,10 +151,13 @@ impl View {
             self.order.push_back((slot, cost));
             self.tail_bytes += cost;
         }
+        let After { evicted, wake } = commit.after;
         self.evict(tail_bytes_max, evicted);
-        for &(slot, _) in commit.runs {
-            for group in self.groups.values() {
-                group.wake(slot);
+        for group in self.groups.values() {
+            for waker in commit.runs.iter().filter_map(|&(slot, _)| group.waker(slot)) {
+                if !wake.iter().any(|other| Arc::ptr_eq(other, waker)) {
+                    wake.push(Arc::clone(waker));
+                }
             }
         }
     }

@@ -19,7 +19,7 @@ use crate::log::embedded::queue::{Carry, Entry, Queue, Work};
 use crate::log::embedded::shared::Shared;
 use crate::log::embedded::spare::Prepared;
 use crate::log::embedded::summary::Sealed;
-use crate::log::embedded::view::{Published, Run};
+use crate::log::embedded::view::{After, Published};
 use crate::log::{AppendError, AppendSink, Record, TopicPartition};
 
 /// After so long without appends an empty chunk is written: from then on damage to the last record is told
@@ -85,7 +85,7 @@ pub(super) struct Writer {
     heads: Vec<(u32, RunHead)>,
     placed: Vec<(u32, RunAt)>,
     fresh: Vec<(u32, Vec<Record>)>,
-    evicted: Vec<Run>,
+    after: After,
     sinks: Vec<Arc<dyn AppendSink>>,
     seen: HashSet<usize, BuildHasherDefault<PointerHasher>>,
 }
@@ -108,7 +108,7 @@ impl Writer {
             heads: Vec::new(),
             placed: Vec::new(),
             fresh: Vec::new(),
-            evicted: Vec::new(),
+            after: After::default(),
             sinks: Vec::new(),
             seen: HashSet::default(),
         }
@@ -172,8 +172,6 @@ impl Writer {
                 }
             }
         }
-        let evicted = std::mem::take(&mut self.evicted);
-        drop(evicted);
     }
 
     /// Chooses how many of the entries go into the next chunk and counts them by partition; 0 if not even one has room.
@@ -357,8 +355,10 @@ impl Writer {
     }
 
     fn publish(&mut self) {
-        let commit = Published { segment: self.active.info.clone(), runs: &self.placed, records: &mut self.fresh };
-        self.shared.view.lock().publish(commit, self.shared.options.tail_bytes, &mut self.evicted);
+        let (segment, runs) = (self.active.info.clone(), &self.placed);
+        let commit = Published { segment, runs, records: &mut self.fresh, after: &mut self.after };
+        self.shared.view.lock().publish(commit, self.shared.options.tail_bytes);
+        self.after.run();
     }
 
     fn poison(&mut self, error: &io::Error) -> AppendError {
@@ -432,7 +432,7 @@ impl Writer {
             }
             Err(reason) => {
                 let error = AppendError::Unavailable(reason);
-                self.shared.set_unavailable(Some(error.clone()));
+                self.shared.set_unavailable(Some((error.clone(), number, size)));
                 Err(error)
             }
         }
