@@ -251,15 +251,13 @@ pub struct Timeouts {
     pub header_read_ms: u64,
     /// How long a TLS handshake may take. Default 10,000.
     pub tls_handshake_ms: u64,
-    /// The stream's heartbeat: a ping after this silence, closed after twice of it. Default 30,000.
-    pub heartbeat_ms: u64,
     /// How long a shutdown waits for connections to end. Default 10,000.
     pub drain_ms: u64,
 }
 
 impl Default for Timeouts {
     fn default() -> Self {
-        Self { request_ms: 30_000, header_read_ms: 60_000, tls_handshake_ms: 10_000, heartbeat_ms: 30_000, drain_ms: 10_000 }
+        Self { request_ms: 30_000, header_read_ms: 60_000, tls_handshake_ms: 10_000, drain_ms: 10_000 }
     }
 }
 
@@ -324,7 +322,7 @@ pub enum Expose {
 /// Variables that are texts whatever they look like.
 const TEXT_KEYS: [&str; 7] = ["data", "listen", "tls.cert", "tls.key", "metrics.expose", "metrics.token", "config"];
 /// Variables of other parts of Sealpost (the file's own name; the client's; benches' and tests').
-const NOT_OURS: [&str; 6] = ["CONFIG", "SERVER", "PASSPHRASE", "BENCH_", "TEST_", "LOAD_"];
+const NOT_OURS: [&str; 10] = ["CONFIG", "SERVER", "TOKEN", "PASSPHRASE", "CLIENT_", "BENCH_", "TEST_", "STORE_TEST_", "LOAD_", "KILL_"];
 const PREFIX: &str = "SEALPOST_";
 
 impl Config {
@@ -452,7 +450,6 @@ impl Config {
             ("timeouts.request_ms", t.request_ms),
             ("timeouts.header_read_ms", t.header_read_ms),
             ("timeouts.tls_handshake_ms", t.tls_handshake_ms),
-            ("timeouts.heartbeat_ms", t.heartbeat_ms),
         ] {
             if !(100..=3_600_000).contains(&value) {
                 return Err(invalid(key, "must be from 100 to 3600000 (milliseconds)"));
@@ -586,6 +583,7 @@ mod tests {
             ("SEALPOST_METRICS__TOKEN", "0123456789abcdef"),
             ("SEALPOST_REALMS", r#"[{ name = "r", issuer = "i", audience = "a", jwks_url = "http://127.0.0.1:1/k" }]"#),
             ("SEALPOST_CONFIG", "elsewhere"),
+            ("SEALPOST_KILL_ROUNDS", "200"),
             ("UNRELATED", "x"),
         ])
         .expect("loads");

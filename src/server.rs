@@ -174,6 +174,7 @@ impl Broker {
             tokio::spawn(Arc::clone(&hub).run_acks(edge_stops.clone())),
             tokio::spawn(Arc::clone(&hub).run_heartbeat(edge_stops)),
             tokio::spawn(watch_log(Arc::clone(&log), failing)),
+            tokio::spawn(metrics::upkeep(drain.clone())),
             tokio::spawn({
                 let until = drain.clone();
                 async move { realms.keep_fresh(until).await }
