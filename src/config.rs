@@ -201,7 +201,8 @@ pub struct Limits {
     pub connections: usize,
     /// Open connections of one address (IPv6: one /64). Default 256; in development mode as many as there are.
     pub connections_per_ip: Option<usize>,
-    /// Proxies whose `X-Forwarded-For` is believed (its last address that is not one of them counts as the client's).
+    /// Proxies whose `X-Forwarded-For` is believed (its last address that is not one of them counts as the client's), and
+    /// whose connections are not capped per address.
     pub trusted_proxies: Vec<IpAddr>,
 }
 

@@ -75,7 +75,9 @@ impl RateLimits {
                 }
             }
         }
-        Client { address: Address::from(client), loopback: client.to_canonical().is_loopback() }
+        // A proxy on this machine that nobody told us of would make everybody look like this machine.
+        let forwarded = client == peer && ["x-forwarded-for", "forwarded"].iter().any(|name| headers.contains_key(*name));
+        Client { address: Address::from(client), loopback: client.to_canonical().is_loopback() && !forwarded }
     }
 }
 
@@ -122,6 +124,9 @@ mod tests {
         assert_eq!(client(proxies, "10.0.0.1", &["1.1.1.1", "10.0.0.2"]).address, of("1.1.1.1"), "in two header fields");
         assert_eq!(client(proxies, "10.0.0.1", &["nonsense"]).address, of("10.0.0.1"));
         assert!(client("", "::ffff:127.0.0.1", &[]).loopback && !client(proxies, "10.0.0.1", &["1.1.1.1"]).loopback);
+        assert!(!client("", "127.0.0.1", &["1.1.1.1"]).loopback, "an unknown proxy on this machine");
+        let local = "[limits]\ntrusted_proxies = [\"127.0.0.1\"]";
+        assert!(!client(local, "127.0.0.1", &["1.1.1.1"]).loopback);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::Arc;
@@ -101,7 +101,7 @@ fn acceptor(tls: &Tls) -> Result<TlsAcceptor, ServeError> {
 pub struct Peer(pub SocketAddr);
 
 /// Caps and time-outs of connections.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Options {
     /// Open connections in all.
     pub connections: usize,
@@ -113,6 +113,8 @@ pub struct Options {
     pub tls_handshake: Duration,
     /// How long a drain waits.
     pub drain: Duration,
+    /// Proxies, which carry the connections of many addresses.
+    pub trusted_proxies: Vec<IpAddr>,
 }
 
 impl From<&Config> for Options {
@@ -123,6 +125,7 @@ impl From<&Config> for Options {
             header_read: Duration::from_millis(config.timeouts.header_read_ms),
             tls_handshake: Duration::from_millis(config.timeouts.tls_handshake_ms),
             drain: Duration::from_millis(config.timeouts.drain_ms),
+            trusted_proxies: config.limits.trusted_proxies.iter().map(IpAddr::to_canonical).collect(),
         }
     }
 }
@@ -144,7 +147,7 @@ impl Connections {
         }
         let mut per_ip = self.per_ip.lock();
         let count = per_ip.entry(address).or_default();
-        if *count >= options.connections_per_ip {
+        if *count >= options.connections_per_ip && !options.trusted_proxies.contains(&peer.ip().to_canonical()) {
             return Err(Refusal::PerIp);
         }
         *count += 1;
@@ -243,6 +246,7 @@ pub async fn serve(listener: Listener, app: Router, options: Options, drain: Can
         .half_close(false);
     let end = CancellationToken::new();
     let shared = Arc::new(Shared { app, http, options, drain: drain.clone(), end: end.clone() });
+    let options = &shared.options;
     let connections = Arc::new(Connections::default());
     let tasks = TaskTracker::new();
     loop {
@@ -259,7 +263,7 @@ pub async fn serve(listener: Listener, app: Router, options: Options, drain: Can
                 continue;
             }
         };
-        match connections.admit(peer, &options) {
+        match connections.admit(peer, options) {
             Ok(admitted) => drop(tasks.spawn(connection(socket, peer, admitted, listener.tls.clone(), shared.clone()))),
             Err(why) => metrics::observe_connection_refused(why),
         }

@@ -14,10 +14,10 @@ use crate::edge::error::{ApiError, ErrorBody};
 use crate::edge::extract::{Body, In};
 use crate::edge::limits::Client;
 use crate::edge::{EdgeState, accounts};
-use crate::ids::{DeviceId, Identity, RegistrationId};
+use crate::ids::{DeviceAddr, DeviceId, Identity, RegistrationId};
 use crate::keys::Upload;
 use crate::limits;
-use crate::wire::event::{NewDevice, SignedKey};
+use crate::wire::event::{AccountRecord, NewDevice, SignedKey};
 
 /// A new device.
 #[derive(Debug, Deserialize, ToSchema)]
@@ -129,10 +129,15 @@ pub async fn register(
         pq_last_resort,
     };
     let addr = accounts::register(&state, &identities, &device).await?;
-    // A number that an earlier device had: its keys must not come back.
-    state.keys.forget(addr).await?;
-    state.keys.add_one_time(addr, upload.one_time, upload.pq_one_time).await?;
-    let record = accounts::own(&state, addr).await?;
+    let record = match stock(&state, addr, upload).await {
+        Ok(record) => record,
+        Err(error) => {
+            // Its owner would never get the credential: a device like that must not stay. If even this fails, it is
+            // listed in the account, and can be revoked there.
+            let _ = state.directory.revoke_device(addr.account, addr.device).await;
+            return Err(error);
+        }
+    };
     let credential = Credential { device: addr, secret };
     let answer = Registered {
         account_id: addr.account.to_string(),
@@ -141,6 +146,14 @@ pub async fn register(
         identities: record.identities.iter().map(Identity::to_string).collect(),
     };
     Ok((StatusCode::CREATED, Json(answer)))
+}
+
+/// Fills a new device's pools of one-time prekeys.
+async fn stock(state: &EdgeState, device: DeviceAddr, upload: Upload) -> Result<AccountRecord, ApiError> {
+    // Its number may be one that an earlier device had, whose keys must not come back.
+    state.keys.forget(device).await?;
+    state.keys.add_one_time(device, upload.one_time, upload.pq_one_time).await?;
+    accounts::own(state, device).await
 }
 
 /// A device's new name.
