@@ -24,7 +24,10 @@ fn paths_lead_somewhere() {
     for (document, text) in documents() {
         for path in text.split(['`', '(', ')']) {
             let ours = ["src/", "tests/", "schemas/", "docs/", "benches/", "topology/"].iter().any(|folder| path.starts_with(folder));
-            if ours && !path.contains([' ', '*', '{']) && !Path::new(env!("CARGO_MANIFEST_DIR")).join(path.split('#').next().unwrap()).exists() {
+            if ours
+                && !path.contains([' ', '*', '{'])
+                && !Path::new(env!("CARGO_MANIFEST_DIR")).join(path.split('#').next().unwrap()).exists()
+            {
                 missing.push(format!("{document}: {path}"));
             }
         }
@@ -64,7 +67,8 @@ fn commands_and_their_options_exist() {
 fn make_targets_exist() {
     let makefile = read("Makefile");
     let targets: Vec<&str> = makefile.lines().filter_map(|line| line.split_once(':').map(|(name, _)| name)).collect();
-    let words: Vec<String> = documents().iter().flat_map(|(_, text)| text.split(['`', '\n']).map(str::to_owned).collect::<Vec<_>>()).collect();
+    let words: Vec<String> =
+        documents().iter().flat_map(|(_, text)| text.split(['`', '\n']).map(str::to_owned).collect::<Vec<_>>()).collect();
     for word in words {
         if let Some(target) = word.strip_prefix("make ").and_then(|rest| rest.split_whitespace().next()) {
             assert!(targets.contains(&target), "make {target}");

@@ -96,6 +96,11 @@ impl Audit {
         fresh
     }
 
+    /// Whether a message has arrived.
+    pub fn has_received(&self, sender: u64, number: u64) -> bool {
+        self.received_ids[sender as usize].contains(number)
+    }
+
     /// Accepted and not (yet) received.
     pub fn missing(&self) -> u64 {
         self.accepted_ids.iter().zip(&self.received_ids).map(|(accepted, received)| accepted.without(received)).sum()

@@ -20,6 +20,8 @@ pub(super) async fn run(args: BacklogArgs, progress: Progress) -> anyhow::Result
     ensure!(args.pending > 0, "at least one message must wait");
     let mut plan = Plan::new(args.common.server.clone());
     (plan.senders, plan.recipients, plan.peers) = (SENDERS, 1, 1);
+    // Nobody receives while it fills.
+    plan.until_delivered = false;
     (plan.total, plan.payload, plan.server_pid) = (Some(args.pending), args.payload, args.common.server_pid);
     let Stage { world, mut meter, rss_before, .. } = stage(&plan, true, &progress).await?;
 

@@ -68,6 +68,14 @@ enum Slot {
     Done,
 }
 
+/// What an answer made of a send.
+enum Answered {
+    Accepted,
+    Refused,
+    /// To be repeated, or known already.
+    Open,
+}
+
 /// The sending half: numbers from 1, each answered once in the end.
 pub struct Sending {
     quota: u64,
@@ -75,7 +83,10 @@ pub struct Sending {
     /// Number of the first slot.
     base: u64,
     slots: VecDeque<Slot>,
+    /// Without an answer.
     waiting: u64,
+    /// Begun, and neither received by the recipient nor refused.
+    in_flight: u64,
     repeat: VecDeque<u64>,
     later: Vec<(u64, u64)>,
     /// Refusals that no repeat can help, by code.
@@ -93,6 +104,7 @@ impl Sending {
             base: 1,
             slots: VecDeque::new(),
             waiting: 0,
+            in_flight: 0,
             repeat: VecDeque::new(),
             later: Vec::new(),
             refused: BTreeMap::new(),
@@ -122,28 +134,27 @@ impl Sending {
 
     /// Takes the next number if window and quota leave room; the caller decides whether its time has come.
     fn room(&self, world: &World) -> bool {
-        self.waiting < world.window && self.begun() < self.quota && self.next - self.base <= world.routes.spread_max()
+        let open = if world.until_delivered { self.waiting.max(self.in_flight) } else { self.waiting };
+        open < world.window && self.begun() < self.quota && self.next - self.base <= world.routes.spread_max()
     }
 
     fn begin(&mut self, at_us: u64, content: Option<(u8, Vec<u8>)>) {
         self.slots.push_back(Slot::Waiting { at_us, content });
         self.next += 1;
         self.waiting += 1;
+        self.in_flight += 1;
     }
 
     fn slot(&mut self, number: u64) -> Option<&mut Slot> {
         self.slots.get_mut(usize::try_from(number.checked_sub(self.base)?).ok()?)
     }
 
-    /// An answer came; whether this number is now accepted.
-    fn answered(&mut self, number: u64, code: u32, retry_after_ms: u32, now_us: u64) -> bool {
-        let Some(slot) = self.slot(number) else { return false };
-        if matches!(slot, Slot::Done) {
-            return false;
-        }
+    /// An answer came.
+    fn answered(&mut self, number: u64, code: u32, retry_after_ms: u32, now_us: u64) -> Answered {
+        let Some(slot) = self.slot(number).filter(|slot| matches!(slot, Slot::Waiting { .. })) else { return Answered::Open };
         if REPEATABLE.contains(&code) {
             self.later.push((now_us + REPEAT_US.max(u64::from(retry_after_ms) * 1_000), number));
-            return false;
+            return Answered::Open;
         }
         *slot = Slot::Done;
         self.waiting -= 1;
@@ -151,10 +162,16 @@ impl Sending {
             self.slots.pop_front();
             self.base += 1;
         }
-        if code != 0 {
-            *self.refused.entry(code).or_default() += 1;
+        if code == 0 {
+            return Answered::Accepted;
         }
-        code == 0
+        *self.refused.entry(code).or_default() += 1;
+        Answered::Refused
+    }
+
+    /// A message arrived at its recipient, or never will.
+    pub fn landed(&mut self) {
+        self.in_flight = self.in_flight.saturating_sub(1);
     }
 
     /// After a connection was lost: everything unanswered goes again, in order, with the same ids.
@@ -201,6 +218,11 @@ impl Session {
         self.sending.as_ref()
     }
 
+    /// The sending half, to change it.
+    pub fn sending_mut(&mut self) -> Option<&mut Sending> {
+        self.sending.as_mut()
+    }
+
     /// Whether something is owed or could be repeated: the tick looks closer then.
     pub fn needs_tick(&self) -> bool {
         self.unacked_items > 0 || self.sending.as_ref().is_some_and(|s| !s.later.is_empty())
@@ -230,12 +252,7 @@ impl Session {
                     world.received(self.index, kind, content, sender_device, sender_account);
                 }
             }
-            Seen::Result { request, code, retry_after_ms } => {
-                let index = self.index;
-                if self.sending.as_mut().is_some_and(|s| s.answered(request, code, retry_after_ms, world.now_us())) {
-                    world.audit.borrow_mut().accept(index, request);
-                }
-            }
+            Seen::Result { request, code, retry_after_ms } => self.answer(world, request, code, retry_after_ms),
             Seen::Receipt { seq, delivered, failed } => {
                 if self.item(world, seq, 0) {
                     world.counters.add(|c| &c.receipts, delivered);
@@ -309,10 +326,15 @@ impl Session {
         Some((number, at_us, kind, bytes))
     }
 
-    /// A lane's answer.
-    pub fn settle(&mut self, world: &World, number: u64, code: u32) {
-        if self.sending.as_mut().is_some_and(|s| s.answered(number, code, 0, world.now_us())) {
-            world.audit.borrow_mut().accept(self.index, number);
+    /// An answer to a send came.
+    pub fn answer(&mut self, world: &World, number: u64, code: u32, retry_after_ms: u32) {
+        let Some(sending) = &mut self.sending else { return };
+        let mut audit = world.audit.borrow_mut();
+        match sending.answered(number, code, retry_after_ms, world.now_us()) {
+            Answered::Accepted => audit.accept(self.index, number),
+            // It may have arrived all the same, if an earlier answer was lost.
+            Answered::Refused if !audit.has_received(self.index, number) => sending.landed(),
+            Answered::Refused | Answered::Open => {}
         }
     }
 }
@@ -396,6 +418,10 @@ mod tests {
 
     /// One sender, one recipient, two in flight, driven by hand.
     async fn world(window: u64) -> Rc<World> {
+        world_until(window, false).await
+    }
+
+    async fn world_until(window: u64, until_delivered: bool) -> Rc<World> {
         let devices = vec![Device::new(Session::new(0, false, Some(Sending::new(u64::MAX)))), Device::new(Session::new(0, true, None))];
         World::new(Setup {
             server: &"http://127.0.0.1:1".parse().unwrap(),
@@ -407,6 +433,7 @@ mod tests {
             payload: 100,
             rate: None,
             by_http: false,
+            until_delivered,
             eager_acks: false,
             crypto: None,
         })
@@ -479,6 +506,25 @@ mod tests {
         assert_eq!(world.audit.borrow().accepted, 4, "an answer counts once");
         world.end();
         assert_eq!(sent(&world, false), []);
+    }
+
+    #[tokio::test]
+    async fn a_message_is_in_flight_until_it_is_there() {
+        let world = world_until(2, true).await;
+        world.begin();
+        connect(&world, 0);
+        connect(&world, 1);
+        assert_eq!(sent(&world, false), [(1, 1), (2, 2)]);
+        tell(&world, 0, answer(1, stream::Code::Ok));
+        tell(&world, 0, answer(2, stream::Code::Blocked));
+        assert_eq!(sent(&world, false), [(3, 3)], "a refused one is not in flight, an accepted one is");
+        let content = |number| [&Stamp { sender: 0, number, at_us: 0 }.to_bytes()[..], &world.template].concat();
+        tell(&world, 1, envelope(10, content(3)));
+        assert_eq!(sent(&world, false), [(4, 4)]);
+        tell(&world, 0, answer(3, stream::Code::Ok));
+        assert_eq!(sent(&world, false), []);
+        tell(&world, 1, envelope(11, content(1)));
+        assert_eq!(sent(&world, false), [(5, 5)]);
     }
 
     #[tokio::test]

@@ -15,6 +15,7 @@ use hdrhistogram::Histogram;
 use rand::Rng as _;
 use tokio::io::{AsyncRead as _, AsyncReadExt as _, AsyncWrite as _, AsyncWriteExt as _, ReadBuf};
 use tokio::net::{TcpSocket, TcpStream};
+use tokio::sync::Notify;
 
 use super::api::Registered;
 use super::audit::{Audit, Routes};
@@ -79,8 +80,12 @@ pub struct World {
     pub template: Vec<u8>,
     /// Sends go by HTTP; streams only receive.
     pub by_http: bool,
+    /// A message is in flight until its recipient has it, not only until it is accepted.
+    pub until_delivered: bool,
     /// Acknowledge at once when the queue is empty.
     pub eager_acks: bool,
+    /// Told when a sender's window may have room again.
+    pub room: Vec<Notify>,
     /// What became of every message.
     pub audit: RefCell<Audit>,
     /// From sent (or due) to received, in microseconds.
@@ -103,6 +108,9 @@ pub struct World {
     running: Cell<bool>,
     scratch: RefCell<Vec<u8>>,
     fault: RefCell<Option<String>>,
+    /// Senders whose messages arrived since they were pumped last; each once.
+    landed: RefCell<Vec<usize>>,
+    landed_any: Notify,
 }
 
 /// What a world is made of.
@@ -125,6 +133,8 @@ pub struct Setup<'a> {
     pub rate: Option<f64>,
     /// Sends go by HTTP.
     pub by_http: bool,
+    /// A message is in flight until its recipient has it, not only until it is accepted.
+    pub until_delivered: bool,
     /// Acknowledge at once when the queue is empty.
     pub eager_acks: bool,
     /// Real ciphertexts.
@@ -164,7 +174,9 @@ impl World {
             window: setup.window,
             template,
             by_http: setup.by_http,
+            until_delivered: setup.until_delivered,
             eager_acks: setup.eager_acks,
+            room: setup.senders.iter().map(|_| Notify::new()).collect(),
             audit: RefCell::new(Audit::new(setup.senders.len(), setup.routes)),
             latency: RefCell::new(Histogram::new_with_bounds(1, 600_000_000, 3)?),
             counters: Counters::default(),
@@ -181,6 +193,8 @@ impl World {
             running: Cell::new(false),
             scratch: RefCell::new(Vec::new()),
             fault: RefCell::new(None),
+            landed: RefCell::default(),
+            landed_any: Notify::new(),
         }))
     }
 
@@ -277,11 +291,45 @@ impl World {
         let now = self.now_us();
         if audit.receive(recipient, u64::from(stamp.sender), stamp.number) {
             self.latency.borrow_mut().saturating_record(now.saturating_sub(stamp.at_us).max(1));
+            self.land(stamp.sender as usize);
         }
         if self.first_us.get() == 0 {
             self.first_us.set(now);
         }
         self.last_us.set(now);
+    }
+
+    fn land(&self, sender: usize) {
+        if let Some(sending) = self.seats[sender].device.borrow_mut().session.sending_mut() {
+            sending.landed();
+        }
+        let mut landed = self.landed.borrow_mut();
+        if landed.is_empty() {
+            self.landed_any.notify_one();
+        }
+        if landed.last() != Some(&sender) {
+            landed.push(sender);
+        }
+    }
+
+    /// Lets senders go on whose messages have arrived. Runs when all sockets that were readable have been read, so that
+    /// many messages go out in one write.
+    pub async fn refill(self: Rc<Self>) {
+        loop {
+            self.landed_any.notified().await;
+            tokio::task::yield_now().await;
+            let mut senders = self.landed.take();
+            senders.sort_unstable();
+            senders.dedup();
+            self.look();
+            for at in senders {
+                if self.by_http {
+                    self.room[at].notify_one();
+                } else {
+                    self.pump(at, false);
+                }
+            }
+        }
     }
 
     fn fail(&self, why: String) {

@@ -38,6 +38,7 @@ pub(super) async fn run(args: IdleArgs, progress: Progress) -> anyhow::Result<Re
         payload: super::wire::STAMP_BYTES,
         rate: None,
         by_http: false,
+        until_delivered: false,
         eager_acks: false,
         crypto: None,
     })

@@ -67,6 +67,14 @@ struct Common {
     json: bool,
 }
 
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Until {
+    /// The broker says that it is durable; what is not delivered yet piles up at the broker
+    Accepted,
+    /// Its recipient has it
+    Delivered,
+}
+
 #[derive(Debug, Clone, ClapArgs)]
 struct TrafficArgs {
     #[command(flatten)]
@@ -83,6 +91,9 @@ struct TrafficArgs {
     /// Messages in flight for each sender
     #[arg(long, default_value_t = 64)]
     window: usize,
+    /// Until when a message counts as in flight
+    #[arg(long, value_enum, default_value_t = Until::Delivered)]
+    until: Until,
     /// Bytes of each message
     #[arg(long, default_value_t = 1024)]
     payload: usize,
@@ -157,6 +168,7 @@ impl TrafficArgs {
             recipients: self.recipients,
             peers: self.peers.unwrap_or(if self.crypto { 1 } else { self.recipients }),
             window: self.window,
+            until_delivered: self.until == Until::Delivered,
             payload: self.payload,
             length: length(self.seconds)?,
             total: None,
@@ -232,6 +244,7 @@ mod tests {
         let plan = args.traffic.plan().unwrap();
         assert_eq!((plan.senders, plan.recipients, plan.peers, plan.window, plan.payload), (8, 4, 4, 32, 512));
         assert_eq!((plan.rate, plan.http, plan.crypto, plan.length), (Some(2_000.0), true, false, Duration::from_secs(3)));
+        assert!(plan.until_delivered && !parse("load --until accepted").traffic.plan().unwrap().until_delivered);
         let plan = parse("load --crypto").traffic.plan().unwrap();
         assert_eq!((plan.senders, plan.recipients, plan.peers, plan.window, plan.payload), (64, 64, 1, 64, 1024));
         assert!(matches!(

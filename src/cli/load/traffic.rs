@@ -35,6 +35,8 @@ pub struct Plan {
     pub peers: usize,
     /// In flight for each sender.
     pub window: usize,
+    /// A message is in flight until its recipient has it, not only until it is accepted.
+    pub until_delivered: bool,
     /// Bytes of a content.
     pub payload: usize,
     /// How long new messages are sent.
@@ -64,6 +66,7 @@ impl Plan {
             recipients: 64,
             peers: 64,
             window: 64,
+            until_delivered: true,
             payload: 1024,
             length: Duration::from_secs(20),
             total: None,
@@ -145,6 +148,7 @@ pub(super) async fn stage(plan: &Plan, eager_acks: bool, progress: &Progress) ->
         payload: plan.payload,
         rate: plan.rate,
         by_http: plan.http,
+        until_delivered: plan.until_delivered,
         eager_acks,
         crypto,
     })
@@ -201,7 +205,6 @@ async fn pace(world: Rc<World>, stop: Arc<AtomicBool>) {
 
 /// Sends one sender's messages by HTTP, up to the window at once.
 async fn lanes(world: Rc<World>, api: Api, sender: Registered, at: usize) {
-    let freed = Rc::new(Notify::new());
     loop {
         let now = world.look();
         let wait = world.device(at, |device| {
@@ -216,18 +219,18 @@ async fn lanes(world: Rc<World>, api: Api, sender: Registered, at: usize) {
             if !world.running() && world.now_us() > 0 && world.device(at, |device| device.session.sending().is_none_or(Sending::finished)) {
                 return;
             }
-            let _ = tokio::time::timeout(Duration::from_millis(20), freed.notified()).await;
+            let _ = tokio::time::timeout(Duration::from_millis(20), world.room[at].notified()).await;
             continue;
         };
         let target = world.target(at as u64, number);
         let body = api::send_body(target, world.routes.message_id(number), kind, &content);
         let path = format!("/v1/accounts/{}/messages", crate::ids::AccountId::from_bytes(target.account));
-        let (world, api, credential, freed) = (world.clone(), api.clone(), sender.credential.clone(), freed.clone());
+        let (world, api, credential) = (world.clone(), api.clone(), sender.credential.clone());
         spawn_local(async move {
             let code = post(&api, &path, &credential, &body).await;
             world.look();
-            world.device(at, |device| device.session.settle(&world, number, code));
-            freed.notify_one();
+            world.device(at, |device| device.session.answer(&world, number, code, 0));
+            world.room[at].notify_one();
         });
     }
 }
@@ -285,6 +288,7 @@ pub async fn run(plan: Plan, progress: Progress) -> anyhow::Result<Report> {
     }
     attached(&world, all, Duration::from_secs(60), &progress).await?;
     tasks.borrow_mut().0.push(spawn_local(tick(world.clone())));
+    tasks.borrow_mut().0.push(spawn_local(world.clone().refill()));
 
     meter.sample().await;
     let (cpu_before, own_before, restarts_before) = (meter.cpu_seconds(), meter::own_cpu_seconds(), meter.restarts);
