@@ -129,7 +129,7 @@ pub(super) async fn perform(client: &Client, with: Option<AccountId>, action: Ac
         Action::Revoke(device) => client.revoke_device(device).await.map_err(why).and_then(|()| done("Revoked.")),
         Action::Block => client.block(peer()?).await.map_err(why).and_then(|()| done("Blocked: nothing comes from there any more.")),
         Action::Unblock => client.unblock(peer()?).await.map_err(why).and_then(|()| done("Not blocked any more.")),
-        Action::Expire(seconds) => client.set_expire_timer(peer()?, seconds).await.map_err(why).and_then(|_| Ok(Vec::new())),
+        Action::Expire(seconds) => client.set_expire_timer(peer()?, seconds).await.map_err(why).map(|_| Vec::new()),
         Action::React(emoji) => {
             let target = newest(client, peer()?, false).await?;
             client.react(&target, Some(&emoji)).await.map_err(why).map(|_| Vec::new())

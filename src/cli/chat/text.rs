@@ -28,7 +28,7 @@ pub(super) fn wrap(text: &str, columns: usize) -> Vec<String> {
             }
             for c in word.chars() {
                 let columns_of_c = width(c.encode_utf8(&mut [0; 4]));
-                if used + columns_of_c > columns && !(c == ' ') {
+                if used + columns_of_c > columns && c != ' ' {
                     lines.push(std::mem::take(&mut line));
                     used = 0;
                 }
