@@ -180,6 +180,12 @@ impl Client {
         }
     }
 
+    /// Stops, and closes the database: returns once another client may open it.
+    pub async fn close(self) {
+        self.stop().await;
+        self.inner.store.close().await;
+    }
+
     /// This device.
     pub fn address(&self) -> DeviceAddr {
         self.inner.credential.address

@@ -57,6 +57,6 @@ pub async fn run(args: ChatArgs) -> anyhow::Result<()> {
     } else {
         tui::run(&client, &args).await
     };
-    client.stop().await;
+    client.close().await;
     outcome
 }

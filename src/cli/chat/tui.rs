@@ -24,7 +24,6 @@ const NOTICES: usize = 200;
 /// Runs until the person leaves; the terminal is as before then, also after a panic.
 pub(super) async fn run(client: &Client, args: &ChatArgs) -> anyhow::Result<()> {
     let mut app = App::new(args.identity.to_string(), client.account());
-    app.connection = *client.connection().borrow();
     refresh_list(client, &mut app).await?;
     let first = match &args.to {
         Some(to) => open(client, &mut app, to.clone().into()).await,
@@ -45,10 +44,12 @@ async fn serve(client: &Client, app: &mut App, terminal: &mut DefaultTerminal) -
     let mut keys = EventStream::new();
     let mut events = client.events().await?;
     let mut live = client.live();
+    let mut connection = client.connection();
     let mut tick = tokio::time::interval(TICK);
     let mut loaded = PAGE;
     refresh(client, app, loaded).await?;
     loop {
+        app.connection = *connection.borrow_and_update();
         terminal.draw(|frame| view::draw(frame, app))?;
         tokio::select! {
             key = keys.next() => {
@@ -83,8 +84,7 @@ async fn serve(client: &Client, app: &mut App, terminal: &mut DefaultTerminal) -
             }
             change = live.recv() => match change {
                 Ok(Live::Typing { account, started }) => app.typing_changed(account, started),
-                Ok(Live::Connection { state }) => app.connection = state,
-                Err(broadcast::error::RecvError::Lagged(_)) => app.connection = *client.connection().borrow(),
+                Ok(Live::Connection { .. }) | Err(broadcast::error::RecvError::Lagged(_)) => {}
                 Err(broadcast::error::RecvError::Closed) => return Ok(()),
             },
             _ = tick.tick() => {}

@@ -136,7 +136,12 @@ async fn keep_connected(inner: Arc<Inner>, mut stop: watch::Receiver<bool>) {
 async fn expire(inner: Arc<Inner>, mut stop: watch::Receiver<bool>) {
     loop {
         let next = match inner.store.run(|db| db.expire()).await {
-            Ok(next) => next,
+            Ok((removed, next)) => {
+                if removed > 0 {
+                    inner.store.scrub().await;
+                }
+                next
+            }
             Err(Error::Closed) => return,
             Err(error) => {
                 tracing::error!(%error, "expired messages could not be removed");

@@ -346,13 +346,14 @@ impl Db {
             .collect()
     }
 
-    /// Removes messages whose time is over, wherever their text was; when the next one's is.
-    pub(in crate::client) fn expire(&self) -> Result<Option<u64>, Error> {
+    /// Removes messages whose time is over, wherever their text was: how many, and when the next one's is.
+    pub(in crate::client) fn expire(&self) -> Result<(usize, Option<u64>), Error> {
         let now = sql::int(self.now().0);
         let mut select = self.connection.prepare_cached("SELECT conversation, author, message_id FROM messages WHERE expires_ms <= ?1")?;
         let rows = select.query_map([now], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))?;
         let over: Vec<(AccountId, AccountId, MessageId)> = rows.collect::<rusqlite::Result<_>>()?;
         let own = self.own()?.account;
+        let removed = over.len();
         for (conversation, author, message_id) in over {
             let at = params![author, message_id];
             self.connection.execute("DELETE FROM reactions WHERE author = ?1 AND message_id = ?2", at)?;
@@ -363,7 +364,7 @@ impl Db {
             self.tell(&Event::Expired { conversation, author, message_id })?;
         }
         let next: Option<i64> = self.connection.query_row("SELECT min(expires_ms) FROM messages", [], |row| row.get(0))?;
-        Ok(next.map(sql::uint))
+        Ok((removed, next.map(sql::uint)))
     }
 }
 

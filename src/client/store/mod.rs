@@ -148,9 +148,18 @@ type Reply = Box<dyn FnOnce(Result<(), Error>) + Send>;
 /// Without a transaction a job is only told to fail.
 type Job = Box<dyn FnOnce(Option<&Db>) -> Reply + Send>;
 
+/// What the thread is asked for.
+enum Request {
+    Run(Job),
+    /// Empties the write-ahead log into the file: deleted content may be in it.
+    Scrub,
+    /// Ends the thread once what came before is done, and tells when the file is free.
+    Close(oneshot::Sender<()>),
+}
+
 /// A handle on the store's thread.
 pub(super) struct Store {
-    jobs: mpsc::Sender<Job>,
+    jobs: mpsc::Sender<Request>,
     events: watch::Receiver<u64>,
     outgoing: Arc<Notify>,
     expiry: Arc<Notify>,
@@ -166,7 +175,7 @@ impl Store {
         let (outgoing, expiry) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
         let wakes = Wakes { events: events_tx, outgoing: outgoing.clone(), expiry: expiry.clone() };
         let db = Db { connection, clock, random, changed: Cell::default() };
-        std::thread::Builder::new().name("sealpost-store".into()).spawn(move || serve(&db, queue, &wakes))?;
+        std::thread::Builder::new().name("sealpost-store".into()).spawn(move || serve(db, queue, &wakes))?;
         Ok(Self { jobs, events, outgoing, expiry })
     }
 
@@ -184,8 +193,22 @@ impl Store {
                 let _ = answer.send(committed.and(result));
             })
         });
-        self.jobs.send(job).await.map_err(|_| Error::Closed)?;
+        self.jobs.send(Request::Run(job)).await.map_err(|_| Error::Closed)?;
         answered.await.map_err(|_| Error::Closed)?
+    }
+
+    /// Makes sure that what was deleted is not left in the write-ahead log.
+    pub(super) async fn scrub(&self) {
+        // A closed store has done so.
+        let _ = self.jobs.send(Request::Scrub).await;
+    }
+
+    /// Ends the thread and waits until the file is free. Every later job is refused.
+    pub(super) async fn close(&self) {
+        let (closing, closed) = oneshot::channel();
+        if self.jobs.send(Request::Close(closing)).await.is_ok() {
+            let _ = closed.await;
+        }
     }
 
     /// Tells of events: holds the number of the newest one.
@@ -226,33 +249,60 @@ impl Wakes {
     }
 }
 
+const SCRUB: &str = "PRAGMA wal_checkpoint(TRUNCATE)";
+
 /// The thread: takes what waits, commits it in one, answers.
-fn serve(db: &Db, mut queue: mpsc::Receiver<Job>, wakes: &Wakes) {
-    let mut replies: Vec<Reply> = Vec::with_capacity(JOBS_PER_COMMIT);
-    while let Some(first) = queue.blocking_recv() {
-        db.changed.take();
-        let begun = db.connection.execute_batch("BEGIN IMMEDIATE");
-        let open = begun.is_ok().then_some(db);
-        let mut next = Some(first);
-        while let Some(job) = next.take() {
-            replies.push(job(open));
-            if replies.len() < JOBS_PER_COMMIT {
-                next = queue.try_recv().ok();
-            }
-        }
-        let committed = begun.and_then(|()| db.connection.execute_batch("COMMIT"));
-        if committed.is_err() {
-            let _ = db.connection.execute_batch("ROLLBACK");
-        } else {
-            wakes.wake(db);
-        }
-        let failure = committed.err().map(|error| error.to_string());
-        for reply in replies.drain(..) {
-            reply(failure.as_ref().map_or(Ok(()), |error| Err(Error::Commit(error.clone()))));
+fn serve(db: Db, mut queue: mpsc::Receiver<Request>, wakes: &Wakes) {
+    let mut closing = None;
+    while closing.is_none() {
+        let Some(request) = queue.blocking_recv() else { break };
+        let mut next = match request {
+            Request::Run(job) => commit(&db, job, &mut queue, wakes),
+            other => Some(other),
+        };
+        match next.take() {
+            // A checkpoint that fails is tried again at the next commit that fills the log; nothing depends on it.
+            Some(Request::Scrub) => drop(db.connection.execute_batch(SCRUB)),
+            Some(Request::Close(waiting)) => closing = Some(waiting),
+            Some(Request::Run(_)) | None => {}
         }
     }
-    // Leaves no copy of deleted content in the log.
-    let _ = db.connection.execute_batch("PRAGMA wal_checkpoint(TRUNCATE)");
+    drop(queue);
+    let _ = db.connection.execute_batch(SCRUB);
+    drop(db);
+    if let Some(closing) = closing {
+        let _ = closing.send(());
+    }
+}
+
+/// Runs a job and those that wait behind it in one transaction. Returns the request that is not a job, if one came between.
+fn commit(db: &Db, first: Job, queue: &mut mpsc::Receiver<Request>, wakes: &Wakes) -> Option<Request> {
+    db.changed.take();
+    let begun = db.connection.execute_batch("BEGIN IMMEDIATE");
+    let open = begun.is_ok().then_some(db);
+    let mut replies = vec![first(open)];
+    let mut other = None;
+    while replies.len() < JOBS_PER_COMMIT {
+        match queue.try_recv() {
+            Ok(Request::Run(job)) => replies.push(job(open)),
+            Ok(request) => {
+                other = Some(request);
+                break;
+            }
+            Err(_) => break,
+        }
+    }
+    let committed = begun.and_then(|()| db.connection.execute_batch("COMMIT"));
+    if committed.is_err() {
+        let _ = db.connection.execute_batch("ROLLBACK");
+    } else {
+        wakes.wake(db);
+    }
+    let failure = committed.err().map(|error| error.to_string());
+    for reply in replies {
+        reply(failure.as_ref().map_or(Ok(()), |error| Err(Error::Commit(error.clone()))));
+    }
+    other
 }
 
 fn in_savepoint<T>(db: &Db, job: impl FnOnce(&Db) -> Result<T, Error>) -> Result<T, Error> {

@@ -413,9 +413,9 @@ fn expired_messages_are_gone_from_the_file() {
     world.devices[BOB].text(alice, "BURN AFTER READING");
     world.settle();
     let clock = &world.clock;
-    assert!(world.devices[ALICE].db.expire().expect("looked").is_none(), "not read yet");
+    assert_eq!(world.devices[ALICE].db.expire().expect("looked"), (0, None), "not read yet");
     world.devices[ALICE].db.mark_read(bob, u64::MAX).expect("read");
-    let due = world.devices[ALICE].db.expire().expect("looked").expect("it runs");
+    let due = world.devices[ALICE].db.expire().expect("looked").1.expect("it runs");
     clock.advance(due.saturating_sub(clock.now().0));
     world.settle();
     for at in [ALICE, BOB] {
@@ -643,6 +643,11 @@ async fn jobs_are_undone_on_error_and_waiting_jobs_share_a_commit() {
     events.changed().await.expect("told");
     assert_eq!(store.run(|db| Ok(db.events_after(0, 999)?.len())).await.expect("read"), 200);
     assert_eq!(*store.events().borrow(), 200);
+    store.close().await;
+    assert!(matches!(store.run(|_| Ok(())).await, Err(Error::Closed)));
+    let log = std::fs::metadata(dir.path().join("a.db-wal")).map(|meta| meta.len()).unwrap_or_default();
+    assert_eq!(log, 0, "nothing is left in the log");
+    Store::open(&dir.path().join("a.db"), Arc::new(ManualClock::new(START)), Arc::new(SystemRandom)).expect("free at once");
 }
 
 #[derive(Debug, Clone)]
