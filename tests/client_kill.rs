@@ -1,5 +1,5 @@
-//! Clients as processes that are killed with SIGKILL at random moments while they send and receive: no message that was kept is
-//! lost, and each has exactly one event at whoever it was for.
+//! Clients, and the broker, as processes that are killed with SIGKILL at random moments while messages go both ways: no message
+//! that was kept is lost, and each has exactly one event at whoever it was for.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, OpenOptions};
@@ -8,9 +8,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use sealpost::client::Client;
+use sealpost::client::{Client, Event, Status};
 use sealpost::config::Config;
 use sealpost::server::Broker;
+use sealpost::testing::process::BrokerProcess;
 use serde_json::Value;
 
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -155,4 +156,67 @@ async fn killed_clients_lose_nothing_and_show_nothing_twice() {
     assert!(File::open(&alice.output).expect("a file").metadata().expect("metadata").len() > 1_000);
     drop((alice, bob));
     broker.stop().await;
+}
+
+/// Texts that events told of, in the order of the events.
+async fn told(client: &Client) -> Vec<String> {
+    let events = client.events_after(0, 100_000).await.expect("events");
+    let texts = events.into_iter().filter_map(|(_, event)| match event {
+        Event::Message { message: Some(message), .. } => message.body,
+        _ => None,
+    });
+    texts.collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_broker_that_is_killed_again_and_again_loses_nothing_and_repeats_nothing() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let (data, log) = (dir.path().join("data"), dir.path().join("broker.log"));
+    let mut broker = BrokerProcess::start(Path::new(env!("CARGO_BIN_EXE_sealpost")), &data, &log).await.expect("the broker starts");
+    let url = broker.url().to_string();
+    let mut clients = Vec::new();
+    for identity in ["alice@socialink", "bob@vignette"] {
+        let token = sealpost::client::dev_token(&url, &identity.parse().expect("an identity")).await.expect("a token");
+        let path = dir.path().join(format!("{identity}.db"));
+        let client = Client::register(&url, vec![token], "test", path).await.expect("registered");
+        client.start();
+        clients.push(client);
+    }
+    let [alice, bob] = &clients[..] else { panic!("two") };
+    alice.resolve("bob@vignette").await.expect("known");
+    bob.resolve("alice@socialink").await.expect("known");
+    let mut dice = Dice(std::process::id().into());
+    println!("seed {}", dice.0);
+    let (mut of_alice, mut of_bob) = (Vec::new(), Vec::new());
+    for round in 0..20 {
+        for n in 0..5 + dice.below(40) {
+            of_alice.push(format!("alice {round}.{n}"));
+            of_bob.push(format!("bob {round}.{n}"));
+            alice.send_text(bob.account(), &of_alice[of_alice.len() - 1]).await.expect("kept");
+            bob.send_text(alice.account(), &of_bob[of_bob.len() - 1]).await.expect("kept");
+        }
+        tokio::time::sleep(Duration::from_millis(dice.below(150))).await;
+        broker.restart().await.expect("killed, and started again");
+    }
+    let begun = Instant::now();
+    while told(bob).await.len() < of_alice.len() || told(alice).await.len() < of_bob.len() {
+        assert!(
+            begun.elapsed() < PATIENCE,
+            "lost: {} and {}",
+            of_alice.len() - told(bob).await.len(),
+            of_bob.len() - told(alice).await.len()
+        );
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert_eq!(told(bob).await, of_alice, "each once, in order");
+    assert_eq!(told(alice).await, of_bob, "each once, in order");
+    let begun = Instant::now();
+    while alice.history(bob.account(), u64::MAX, 1).await.expect("history").iter().any(|last| last.status < Status::Delivered) {
+        assert!(begun.elapsed() < PATIENCE, "the last receipt never came");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    println!("{} messages, 20 kills of the broker", of_alice.len() + of_bob.len());
+    for client in clients {
+        client.close().await;
+    }
 }

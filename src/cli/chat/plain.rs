@@ -35,17 +35,19 @@ pub(super) async fn run(client: &Client, args: &ChatArgs) -> anyhow::Result<()> 
         plain.open(to.clone().into()).await?;
     }
     let mut lines = read_lines();
-    let mut open = true;
+    let (mut open, mut read) = (true, Vec::with_capacity(LINES));
     loop {
         tokio::select! {
-            line = lines.recv(), if open => match line {
-                Some(line) => if !plain.line(&line?).await? { return Ok(()) },
-                None => open = false,
-            },
-            event = events.next() => {
-                let Some((position, event)) = event? else { return Ok(()) };
-                plain.event(position, &event).await?;
-                events.handled(position).await?;
+            count = lines.recv_many(&mut read, LINES), if open => {
+                open = count > 0;
+                if !plain.input(&mut read).await? { return Ok(()) }
+            }
+            batch = events.next_batch() => {
+                let batch = batch?;
+                let Some((last, _)) = batch.last() else { return Ok(()) };
+                let last = *last;
+                plain.events(batch).await?;
+                events.handled(last).await?;
             }
             change = live.recv() => match change {
                 Ok(change) => plain.live(&change).await?,
@@ -110,6 +112,25 @@ impl Plain<'_> {
         self.print(&format!("! {why}"), json!({ "error": why }))
     }
 
+    /// Texts that came together are kept together; whether to go on.
+    async fn input(&mut self, lines: &mut Vec<std::io::Result<String>>) -> anyhow::Result<bool> {
+        let mut texts = Vec::new();
+        for line in lines.drain(..) {
+            let line = line?;
+            match command::parse(&line) {
+                Input::Text(text) => texts.push(text),
+                _ => {
+                    self.send(&std::mem::take(&mut texts)).await?;
+                    if !self.line(&line).await? {
+                        return Ok(false);
+                    }
+                }
+            }
+        }
+        self.send(&texts).await?;
+        Ok(true)
+    }
+
     /// Whether to go on.
     async fn line(&mut self, line: &str) -> anyhow::Result<bool> {
         match command::parse(line) {
@@ -118,7 +139,7 @@ impl Plain<'_> {
             Input::Wrong(why) => self.complain(&why)?,
             Input::Help => self.lines(&command::help())?,
             Input::To(to) => self.open(to).await?,
-            Input::Text(text) => self.send(&text).await?,
+            Input::Text(text) => self.send(&[text]).await?,
             Input::Read => {
                 if let Some(with) = self.to {
                     self.client.mark_read(with, u64::MAX).await?;
@@ -136,14 +157,23 @@ impl Plain<'_> {
         if lines.is_empty() { Ok(()) } else { self.print(&lines.join("\n"), json!({ "lines": lines })) }
     }
 
-    async fn send(&self, text: &str) -> anyhow::Result<()> {
-        let Some(to) = self.to else { return self.complain("no conversation is open: --to bob@vignette, or /to bob@vignette") };
-        match self.client.send_text(to, text).await {
-            Ok(id) => {
-                self.print(&format!("> {}", harmless(text)), json!({ "sending": { "message_id": id, "conversation": to, "body": text } }))
-            }
-            Err(error) => self.complain(&command::why(error)),
+    /// Sends in order: each call queues its job before it waits for the commit that they share.
+    async fn send(&self, texts: &[String]) -> anyhow::Result<()> {
+        if texts.is_empty() {
+            return Ok(());
         }
+        let Some(to) = self.to else { return self.complain("no conversation is open: --to bob@vignette, or /to bob@vignette") };
+        let sending = futures_util::future::join_all(texts.iter().map(|text| self.client.send_text(to, text))).await;
+        for (text, sent) in texts.iter().zip(sending) {
+            match sent {
+                Ok(id) => {
+                    let value = json!({ "sending": { "message_id": id, "conversation": to, "body": text } });
+                    self.print(&format!("> {}", harmless(text)), value)?;
+                }
+                Err(error) => self.complain(&command::why(error))?,
+            }
+        }
+        Ok(())
     }
 
     /// The name of an account: a confirmed identity, else the beginning of its id.
@@ -162,23 +192,30 @@ impl Plain<'_> {
         }
     }
 
-    async fn event(&mut self, position: u64, event: &Event) -> anyhow::Result<()> {
-        let name = match conversation_of(event) {
-            Some(account) => self.name(account).await,
-            None => String::new(),
-        };
-        let value = json!({ "position": position, "with": name, "event": event });
-        if self.json {
-            return self.print("", value);
+    async fn events(&mut self, batch: Vec<(u64, Event)>) -> anyhow::Result<()> {
+        let mut shown: HashMap<AccountId, u64> = HashMap::new();
+        for (position, event) in batch {
+            let name = match conversation_of(&event) {
+                Some(account) => self.name(account).await,
+                None => String::new(),
+            };
+            let value = json!({ "position": position, "with": name, "event": event });
+            if self.json {
+                self.print("", value)?;
+                continue;
+            }
+            if let Some(line) = describe(&event, &name) {
+                self.print(&line, value)?;
+            }
+            if let Event::Message { message: Some(message), .. } = event
+                && !message.outgoing
+            {
+                shown.insert(message.conversation, message.position);
+            }
         }
-        if let Some(line) = describe(event, &name) {
-            self.print(&line, value)?;
-        }
-        if let Event::Message { message: Some(message), .. } = event
-            && !message.outgoing
-        {
-            // It was shown: it is read.
-            self.client.mark_read(message.conversation, message.position).await?;
+        // They were shown: they are read.
+        for (conversation, position) in shown {
+            self.client.mark_read(conversation, position).await?;
         }
         Ok(())
     }

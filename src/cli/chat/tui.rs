@@ -76,10 +76,11 @@ async fn serve(client: &Client, app: &mut App, terminal: &mut DefaultTerminal) -
                 }
                 refresh(client, app, loaded).await?;
             }
-            event = events.next() => {
-                let Some((position, event)) = event? else { return Ok(()) };
-                happened(app, &event);
-                events.handled(position).await?;
+            batch = events.next_batch() => {
+                let batch = batch?;
+                let Some((last, _)) = batch.last() else { return Ok(()) };
+                batch.iter().for_each(|(_, event)| happened(app, event));
+                events.handled(*last).await?;
                 refresh(client, app, loaded).await?;
             }
             change = live.recv() => match change {
