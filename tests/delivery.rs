@@ -284,7 +284,9 @@ async fn streams_that_break_the_protocol_are_closed_with_the_reason() -> Test {
         tungstenite::Message::Text("hello".into()),
         tungstenite::Message::Binary(vec![0xff; 30].into()),
         tungstenite::Message::Binary(
-            stream::ClientBatch { frames: vec![stream::ClientFrame { frame: Some(ClientSide::Ack(stream::Ack { seq: 1 << 40 })) }] }.encode_to_vec().into(),
+            stream::ClientBatch { frames: vec![stream::ClientFrame { frame: Some(ClientSide::Ack(stream::Ack { seq: 1 << 40 })) }] }
+                .encode_to_vec()
+                .into(),
         ),
     ] {
         let mut a = alice.connect().await?;

@@ -122,8 +122,14 @@ pub fn http() -> anyhow::Result<reqwest::Client> {
 
 /// A development token.
 pub async fn dev_token(base: &str, identity: &str) -> anyhow::Result<String> {
-    let answer: Value =
-        http()?.post(format!("{base}/v1/dev/token")).json(&json!({ "identity": identity })).send().await?.error_for_status()?.json().await?;
+    let answer: Value = http()?
+        .post(format!("{base}/v1/dev/token"))
+        .json(&json!({ "identity": identity }))
+        .send()
+        .await?
+        .error_for_status()?
+        .json()
+        .await?;
     answer["token"].as_str().map(str::to_owned).context("a token")
 }
 
