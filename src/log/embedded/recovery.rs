@@ -79,7 +79,7 @@ fn create(options: &Options, numbers: &[u64]) -> Result<Recovered, OpenError> {
     let size = FIRST_SEGMENT_BYTES.min(options.segment_bytes);
     let header = SegmentHeader { log, number: 1, salt: spare::salt(options.random.as_ref()), size: align(size, format::PAGE) };
     let prepared =
-        spare::prepare(options.disk.as_ref(), &options.dir, header, |_| true).map_err(OpenError::io("write to", &options.dir))?;
+        spare::prepare(options.disk.as_ref(), &options.dir, header, |_, _| true).map_err(OpenError::io("write to", &options.dir))?;
     let path = Meta::path(&options.dir);
     files::save(options.disk.as_ref(), &path, &Meta::new(log, &options.partitions)).map_err(OpenError::io("write", &path))?;
     let mut view = View::empty(options.partitions.total());

@@ -346,6 +346,7 @@ impl Writer {
         info.written_ms = info.written_ms.max(now.0);
         self.commit += 1;
         self.sealed = false;
+        self.shared.spare.used(info.end, info.size);
         if !self.spare_wanted && info.end >= info.size / 4 {
             self.spare_wanted = true;
             self.shared.spare.want(info.number + 1, self.shared.next_size(info.size));
