@@ -1,6 +1,7 @@
 //! Turns the log into the view of what is pending, and tells the edges.
 
 pub mod apply;
+pub mod behind;
 pub mod directory;
 #[cfg(test)]
 mod model;

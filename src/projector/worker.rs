@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::sync::watch;
+use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use crate::clock::Clock;
@@ -18,6 +19,7 @@ use crate::limits;
 use crate::log::{AppendError, Consumed, Consumer, EventLog, ReadError, Record, Topic, TopicPartition};
 use crate::metrics;
 use crate::projector::apply::{Needs, Projection, Step};
+use crate::projector::behind::{Behind, Job, retry};
 use crate::projector::directory;
 use crate::projector::push::{Push, PushBus};
 use crate::store::{DeliveryStore, DeliveryWrite, DirectoryStore, KeyStore, MarkKey, StoreError};
@@ -111,6 +113,9 @@ pub struct Worker {
     pace: Pace,
     projection: Projection,
     owned: BTreeMap<TopicPartition, Owned>,
+    behind: Behind,
+    /// Receipts on their way to the log since the last flush.
+    receipts: Vec<JoinHandle<Result<(), AppendError>>>,
     moved: bool,
     window_ends: Option<Instant>,
     soon_at: Option<Instant>,
@@ -120,10 +125,12 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// A worker that owns nothing yet.
+    /// A worker that owns nothing yet. Call within a runtime.
     pub fn new(parts: Parts, pace: Pace) -> (Self, watch::Receiver<Progress>) {
         let (progress, receiver) = watch::channel(Progress::default());
         let worker = Self {
+            behind: Behind::start(Arc::clone(&parts.delivery), Arc::clone(&parts.bus)),
+            receipts: Vec::new(),
             parts,
             pace,
             projection: Projection::default(),
@@ -171,7 +178,7 @@ impl Worker {
                 self.expire().await?;
             }
         }
-        self.flush(consumer.as_mut()).await
+        self.flush_now(consumer.as_mut()).await
     }
 
     /// Applies everything that is on the log now, flushes and returns how many records that were. For `sealpost rebuild`.
@@ -184,7 +191,7 @@ impl Worker {
             }
             on_progress(self.progress.borrow().applied);
         }
-        self.flush(consumer.as_mut()).await?;
+        self.flush_now(consumer.as_mut()).await?;
         let applied = self.progress.borrow().applied;
         Ok(applied)
     }
@@ -210,7 +217,7 @@ impl Worker {
                 }
             }
             Consumed::Revoked(partitions) => {
-                self.flush(consumer).await?;
+                self.flush_now(consumer).await?;
                 for tp in partitions {
                     self.owned.remove(&tp);
                     if tp.topic == Topic::Inbox {
@@ -240,7 +247,7 @@ impl Worker {
         let caught_up = !self.owned.is_empty() && self.owned.values().all(|owned| owned.next >= owned.end_at_start);
         if caught_up && self.projection.replaying {
             // Rows that were written early before a crash are counted from here on.
-            self.flush(consumer).await?;
+            self.flush_now(consumer).await?;
         }
         self.projection.replaying = !caught_up;
         self.progress.send_if_modified(|progress| std::mem::replace(&mut progress.caught_up, caught_up) != caught_up);
@@ -279,6 +286,7 @@ impl Worker {
     }
 
     async fn load(&mut self, needs: Needs) -> Result<(), WorkerError> {
+        self.behind.settle().await?;
         if !needs.inboxes.is_empty() {
             let devices: Vec<DeviceAddr> = needs.inboxes.into_iter().collect();
             let states = retry(|| self.parts.delivery.inboxes(devices.clone())).await?;
@@ -303,8 +311,10 @@ impl Worker {
                 let mut write = DeliveryWrite::default();
                 self.projection.take_fresh(device, &mut write);
                 if !write.is_empty() {
-                    self.write(write).await?;
+                    self.behind.queue(Job { write, ..Job::default() }).await?;
                 }
+                // The stream reads the store next.
+                self.behind.settle().await?;
                 let inbox = self.projection.inbox(&device).map(|inbox| inbox.state).unwrap_or_default();
                 self.projection.pushes.push((edge, Push::Attached { device, attach, at, inbox }));
                 Ok(())
@@ -313,6 +323,7 @@ impl Worker {
     }
 
     async fn settle_stored(&mut self, device: DeviceAddr, after: Seq, to: Seq, kind: ReceiptKind) -> Result<(), WorkerError> {
+        self.behind.settle().await?;
         let mut from = after;
         loop {
             let delivery = &self.parts.delivery;
@@ -343,7 +354,7 @@ impl Worker {
         }
         for (account, event) in plan.inbox_events() {
             let partition = Partition::of(&account, parts.log.partitions(Topic::Inbox));
-            self.append(TopicPartition { topic: Topic::Inbox, partition }, event::encode(&event)).await?;
+            append(parts.log.as_ref(), TopicPartition { topic: Topic::Inbox, partition }, event::encode(&event)).await?;
         }
         retry(|| plan.commit(parts.directory.as_ref(), parts.keys.as_ref())).await?;
         self.projection.broadcasts.extend(plan.changed().map(|account| Push::AccountChanged { account }));
@@ -377,51 +388,62 @@ impl Worker {
         let mut write = DeliveryWrite::default();
         let waiting = self.projection.take_waiting(&mut write);
         if !write.is_empty() {
-            self.write(write).await?;
+            self.behind.queue(Job { write, waiting, ..Job::default() }).await?;
         }
-        for device in waiting {
-            self.parts.bus.broadcast(Push::Waiting { device });
-        }
-        self.send_receipts().await
-    }
-
-    /// Appends the receipts that are due and waits for the log: a position that covers acknowledgements is only
-    /// written behind the receipts they caused, so that a crash tells senders twice rather than never.
-    async fn send_receipts(&mut self) -> Result<(), WorkerError> {
-        let due = self.projection.take_receipts();
-        let partitions = self.parts.log.partitions(Topic::Inbox);
-        let mut waits = Vec::new();
-        for (sender, entries) in due {
-            for chunk in entries.chunks(limits::RECEIPT_ENTRIES) {
-                let payload = event::encode(&InboxEvent::Receipts { device: sender, entries: chunk.to_vec() });
-                let to = TopicPartition { topic: Topic::Inbox, partition: Partition::of(&sender.account, partitions) };
-                waits.push(self.append(to, payload));
-            }
-        }
-        futures_util::future::try_join_all(waits).await?;
+        self.send_receipts();
         Ok(())
     }
 
-    /// Ends the coalescing window: receipts out, then everything that changed with its position, atomically.
+    /// Sends the receipts that are due on their way to the log. A position that covers acknowledgements is written behind
+    /// the receipts they caused, so that a crash tells senders twice rather than never.
+    fn send_receipts(&mut self) {
+        let due = self.projection.take_receipts();
+        if due.is_empty() {
+            return;
+        }
+        let log = Arc::clone(&self.parts.log);
+        self.receipts.push(tokio::spawn(async move {
+            let partitions = log.partitions(Topic::Inbox);
+            let mut appends = Vec::with_capacity(due.len());
+            for (sender, entries) in due {
+                for chunk in entries.chunks(limits::RECEIPT_ENTRIES) {
+                    let payload = event::encode(&InboxEvent::Receipts { device: sender, entries: chunk.to_vec() });
+                    let partition = Partition::of(&sender.account, partitions);
+                    appends.push(append(log.as_ref(), TopicPartition { topic: Topic::Inbox, partition }, payload));
+                }
+            }
+            futures_util::future::try_join_all(appends).await.map(drop)
+        }));
+    }
+
+    /// Ends the coalescing window: receipts out, then everything that changed with its position, atomically, behind the
+    /// projector's back.
     async fn flush(&mut self, consumer: &mut dyn Consumer) -> Result<(), WorkerError> {
         self.window_ends = None;
-        self.send_receipts().await?;
+        self.send_receipts();
         let mut write = DeliveryWrite::default();
         self.projection.flush(&mut write);
         self.send_pushes();
         if std::mem::take(&mut self.moved) {
-            write.positions =
-                self.owned.iter().filter(|(tp, _)| tp.topic == Topic::Inbox).map(|(tp, owned)| (tp.partition, owned.next)).collect();
-            let started = std::time::Instant::now();
-            let items = write.put.len() as u64;
-            self.write(write).await?;
-            metrics::observe_flush(items, started.elapsed());
-            for (tp, owned) in &self.owned {
-                consumer.commit(*tp, owned.next).await?;
-            }
+            let positions: Vec<_> = self.owned.iter().map(|(tp, owned)| (*tp, owned.next)).collect();
+            write.positions = positions.iter().filter(|(tp, _)| tp.topic == Topic::Inbox).map(|(tp, next)| (tp.partition, *next)).collect();
+            let after = std::mem::take(&mut self.receipts);
+            self.behind.queue(Job { write, after, positions, ..Job::default() }).await?;
             self.projection.trim();
         }
+        for (tp, next) in self.behind.covered() {
+            if self.owned.contains_key(&tp) {
+                consumer.commit(tp, next).await?;
+            }
+        }
         Ok(())
+    }
+
+    /// The same, and waits until all is in the store.
+    async fn flush_now(&mut self, consumer: &mut dyn Consumer) -> Result<(), WorkerError> {
+        self.flush(consumer).await?;
+        self.behind.settle().await?;
+        self.flush(consumer).await
     }
 
     /// Looks for envelopes past their time, and says so on the log: the view changes only by events.
@@ -438,41 +460,23 @@ impl Worker {
                 let tp = TopicPartition { topic: Topic::Inbox, partition: Partition::of(&device.account, partitions) };
                 if self.owned.contains_key(&tp) {
                     metrics::observe_expired(1);
-                    self.append(tp, event::encode(&InboxEvent::Expired { device, to })).await?;
+                    append(self.parts.log.as_ref(), tp, event::encode(&InboxEvent::Expired { device, to })).await?;
                 }
             }
         }
     }
+}
 
-    async fn write(&self, write: DeliveryWrite) -> Result<(), StoreError> {
-        retry(|| self.parts.delivery.write(write.clone())).await
-    }
-
-    async fn append(&self, to: TopicPartition, payload: Bytes) -> Result<(), AppendError> {
-        loop {
-            match self.parts.log.append(to, payload.clone()).await {
-                Err(AppendError::Full | AppendError::Unavailable(_)) => tokio::time::sleep(Duration::from_millis(20)).await,
-                other => return other.map(|_| ()),
-            }
+/// Appends, waiting while the log is busy.
+async fn append(log: &dyn EventLog, to: TopicPartition, payload: Bytes) -> Result<(), AppendError> {
+    loop {
+        match log.append(to, payload.clone()).await {
+            Err(AppendError::Full | AppendError::Unavailable(_)) => tokio::time::sleep(Duration::from_millis(20)).await,
+            other => return other.map(drop),
         }
     }
 }
 
 fn undecodable(tp: TopicPartition, record: &Record, source: event::DecodeError) -> WorkerError {
     WorkerError::Decode { topic: tp.topic.name(), partition: tp.partition, offset: record.offset, source }
-}
-
-/// Tries a store call until it works: a store that is slow or away slows the projector down, and loses nothing.
-async fn retry<T, F: Future<Output = Result<T, StoreError>>>(mut call: impl FnMut() -> F) -> Result<T, StoreError> {
-    let mut pause = Duration::from_millis(10);
-    loop {
-        match call().await {
-            Err(StoreError::Unavailable(reason)) => {
-                tracing::warn!(%reason, "the store does not answer; the projector waits and tries again");
-                tokio::time::sleep(pause).await;
-                pause = (pause * 2).min(Duration::from_secs(2));
-            }
-            other => return other,
-        }
-    }
 }

@@ -218,7 +218,13 @@ pub(super) fn prepare(disk: &dyn Disk, dir: &Path, header: SegmentHeader, pace: 
     made
 }
 
-fn fill(disk: &dyn Disk, dir: &Path, temporary: &Path, header: SegmentHeader, pace: impl Fn(Duration, u32) -> bool) -> io::Result<Prepared> {
+fn fill(
+    disk: &dyn Disk,
+    dir: &Path,
+    temporary: &Path,
+    header: SegmentHeader,
+    pace: impl Fn(Duration, u32) -> bool,
+) -> io::Result<Prepared> {
     let file = disk.open(temporary, true)?;
     let reserved = file.allocate(header.size)?;
     disk::write_all(file.as_ref(), &header.encode(), 0)?;
