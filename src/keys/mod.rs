@@ -11,6 +11,8 @@ use std::time::Duration;
 
 use futures_util::future::{join_all, try_join_all};
 
+use tokio::sync::Semaphore;
+
 use crate::config::Rates;
 use crate::ids::{AccountId, DeviceAddr, DeviceId};
 use crate::limits;
@@ -60,11 +62,14 @@ pub struct Upload {
 }
 
 impl Upload {
-    /// Checks everything with libsignal's code. Costs about 0.1 ms a signature, so big batches go to a thread of their own.
+    /// Checks everything with libsignal's code. Costs about 0.1 ms a signature, so big batches go to a thread of their own, one
+    /// at a time: many devices that refill at once must not take all cores from the fetches and messages beside them.
     pub async fn verify(self, identity_key: Vec<u8>) -> Result<Self, KeysError> {
         if self.pq_one_time.len() + self.one_time.len() <= 8 {
             return Ok(self.checked(&identity_key)?);
         }
+        static TURN: Semaphore = Semaphore::const_new(1);
+        let _turn = TURN.acquire().await.map_err(|_| KeysError::Internal)?;
         let verified = tokio::task::spawn_blocking(move || self.checked(&identity_key)).await;
         Ok(verified.map_err(|_| KeysError::Internal)??)
     }
