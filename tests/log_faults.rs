@@ -159,18 +159,31 @@ async fn a_full_disk_refuses_and_recovers() {
     runs_full_and_goes_on(log, make_room, || EmbeddedLog::open(options(dir.path(), &disk)).expect("opens")).await;
 }
 
+/// A file system of our own, unmounted when it is dropped.
+struct Mount(std::path::PathBuf);
+
+impl Mount {
+    fn tmpfs(at: &Path, options: &str) -> Option<Self> {
+        let output = std::process::Command::new("mount").args(["-t", "tmpfs", "-o", options, "tmpfs"]).arg(at).output();
+        output.is_ok_and(|output| output.status.success()).then(|| Self(at.to_owned()))
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        let unmounted = std::process::Command::new("umount").arg("-l").arg(&self.0).status();
+        assert!(unmounted.is_ok_and(|status| status.success()), "unmounts");
+    }
+}
+
 /// On a real file system of 3 MiB. Needs root.
 #[tokio::test]
 async fn a_really_full_disk_refuses_and_recovers() {
     let dir = TempDir::new().expect("folder");
-    let run = |program: &str, args: &[&str]| {
-        let output = std::process::Command::new(program).args(args).arg(dir.path()).output();
-        output.is_ok_and(|output| output.status.success())
-    };
-    if !run("mount", &["-t", "tmpfs", "-o", "size=3m", "tmpfs"]) {
+    let Some(_mount) = Mount::tmpfs(dir.path(), "size=3m") else {
         println!("SKIPPED: mounting a tmpfs is not permitted here, so no disk of our own can be filled");
         return;
-    }
+    };
     let open = || {
         let mut options = Options::new(dir.path().join("log"));
         options.partitions = COUNTS;
@@ -180,7 +193,6 @@ async fn a_really_full_disk_refuses_and_recovers() {
     let ballast = dir.path().join("ballast");
     std::fs::write(&ballast, vec![1; 1024 * 1024]).expect("there is room");
     runs_full_and_goes_on(open(), || std::fs::remove_file(&ballast).expect("removes"), open).await;
-    assert!(run("umount", &["-l"]), "unmounts");
 }
 
 /// A log of several segments on a simulated disk, each append its own commit; not closed. With the end of the active

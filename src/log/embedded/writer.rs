@@ -27,6 +27,8 @@ use crate::log::{AppendError, AppendSink, Record, TopicPartition};
 const SEAL_AFTER: Duration = Duration::from_secs(1);
 /// A commit of fewer records is no load: the next one doesn't wait for company.
 const LINGER_RECORDS: usize = 32;
+/// The buffer grows in such steps.
+const BUFFER_STEP: usize = 256 * 1024;
 /// With so much waiting, more company saves little.
 const LINGER_BYTES: usize = 512 * 1024;
 
@@ -311,7 +313,7 @@ impl Writer {
     fn grow(&mut self, len: usize) {
         let padded = len + PAGE as usize;
         if self.buffer.len() < padded {
-            self.buffer.resize(padded.next_power_of_two(), 0);
+            self.buffer.resize(padded.next_multiple_of(BUFFER_STEP), 0);
         }
     }
 
