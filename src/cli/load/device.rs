@@ -46,8 +46,8 @@ pub struct Session {
     pub index: u64,
     /// Set when the server has said Hello on the current connection.
     pub attached: bool,
-    /// Set when the server has said QueueEmpty on the current connection.
-    pub queue_empty: bool,
+    /// When the server has said QueueEmpty on the current connection.
+    pub queue_empty: Option<u64>,
     /// Set when the server said why it closes.
     pub ended: Option<Ended>,
     receives: bool,
@@ -202,7 +202,7 @@ impl Session {
         Self {
             index,
             attached: false,
-            queue_empty: false,
+            queue_empty: None,
             ended: None,
             receives,
             sending,
@@ -264,7 +264,7 @@ impl Session {
                 world.counters.add(|c| &c.gaps, 1);
             }
             Seen::Hello { .. } => self.attached = true,
-            Seen::QueueEmpty => self.queue_empty = true,
+            Seen::QueueEmpty => self.queue_empty = Some(world.now_us()),
             Seen::Closing { reason, retry_after_ms } => {
                 self.ended = Some(match reason {
                     1 | 2 | 6 => Ended::Refused(reason),
@@ -350,7 +350,7 @@ impl Device {
         self.decoder.reset();
         self.outbox.reset();
         let session = &mut self.session;
-        (session.attached, session.queue_empty, session.ended) = (false, false, None);
+        (session.attached, session.queue_empty, session.ended) = (false, None, None);
         (session.connection_seq, session.unacked_items, session.unacked_bytes) = (0, 0, 0);
         if let Some(sending) = &mut session.sending {
             sending.repeat_all();
@@ -380,7 +380,7 @@ impl Device {
         }
         let Self { outbox, session, .. } = self;
         let owes = session.unacked_items >= ACK_ITEMS || session.unacked_bytes >= ACK_BYTES || (tick && session.unacked_items > 0);
-        if owes || (session.queue_empty && session.unacked_items > 0 && world.eager_acks) {
+        if owes || (session.queue_empty.is_some() && session.unacked_items > 0 && world.eager_acks) {
             outbox.message(|out| wire::put_ack(out, session.seq));
             (session.unacked_items, session.unacked_bytes) = (0, 0);
         }
