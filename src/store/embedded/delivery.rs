@@ -84,7 +84,8 @@ impl View {
         let range = keyspace::pending(device, Seq(after.0 + 1))..=keyspace::pending(device, to);
         // A snapshot: without one a scan may see half of a batch.
         let snapshot = self.db.snapshot();
-        let (mut items, mut bytes) = (Vec::with_capacity(items_max.min(1024)), 0);
+        // Grows as it needs: most inboxes that are read hold nothing.
+        let (mut items, mut bytes) = (Vec::new(), 0);
         for row in snapshot.range(&self.pending, range) {
             let (key, value) = row.into_inner().map_err(unavailable)?;
             let (_, seq) = keyspace::parse_pending(&key)?;
