@@ -182,6 +182,35 @@ async fn devices_that_were_away_catch_up_and_new_ones_are_repaired() {
     world.broker.stop().await;
 }
 
+/// Far more than is taken into one transaction, so that every boundary on the way is crossed.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_large_backlog_arrives_whole_and_in_order() {
+    const MESSAGES: usize = 4_000;
+    let world = World::new().await;
+    let (alice, bob) = (world.device("alice@socialink", "alice").await, world.idle("bob@vignette", "bob").await);
+    let bobs = alice.resolve("bob@vignette").await.expect("found");
+    for first in (0..MESSAGES).step_by(100) {
+        let batch: Vec<String> = (first..first + 100).map(|n| n.to_string()).collect();
+        let sent = futures_util::future::join_all(batch.iter().map(|text| alice.send_text(bobs, text))).await;
+        assert!(sent.iter().all(Result::is_ok));
+    }
+    until("all are accepted", async || alice.sync_status().await.expect("status").unsent == 0).await;
+    let begun = Instant::now();
+    bob.start();
+    until("it has caught up", async || {
+        let status = bob.sync_status().await.expect("status");
+        status.connection == Connection::Live && status.newest_event >= MESSAGES as u64
+    })
+    .await;
+    println!("{MESSAGES} messages decrypted and kept in {:?}", begun.elapsed());
+    let expected: Vec<String> = (0..MESSAGES).map(|n| n.to_string()).collect();
+    assert_eq!(texts(&bob, alice.account()).await, expected);
+    status(&alice, bobs, Status::Delivered).await;
+    alice.stop().await;
+    bob.stop().await;
+    world.broker.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_written_without_a_broker_goes_when_it_is_back() {
     let mut world = World::new().await;

@@ -164,9 +164,9 @@ impl Session<'_> {
     ) -> Result<(), End> {
         let mut frames = Vec::new();
         let mut closed = None;
-        let mut next = Some(first);
-        for _ in 0..MESSAGES_PER_COMMIT {
-            let Some(message) = next.take() else { break };
+        let mut message = first;
+        let mut taken = 1;
+        loop {
             match message {
                 Some(Ok(Message::Binary(bytes))) => frames.extend(transport::decode(bytes).map_err(|error| self.lost(error))?.frames),
                 Some(Ok(Message::Close(_))) | None => {
@@ -179,7 +179,13 @@ impl Session<'_> {
                     break;
                 }
             }
-            next = stream.next().now_or_never();
+            // Only take another one if it will be processed: what is taken and dropped here would be acknowledged by what follows it.
+            if taken == MESSAGES_PER_COMMIT {
+                break;
+            }
+            let Some(next) = stream.next().now_or_never() else { break };
+            message = next;
+            taken += 1;
         }
         self.heard = Instant::now();
         self.pinged = false;
