@@ -226,6 +226,12 @@ impl Client {
         self.send(to, content::text(body)).await
     }
 
+    /// Sends texts in this order, kept in one transaction: all or none.
+    pub async fn send_texts(&self, to: impl IntoRecipient, bodies: &[String]) -> Result<Vec<MessageId>, Error> {
+        let (to, kinds): (AccountId, Vec<Kind>) = (self.resolve(to).await?, bodies.iter().map(|body| content::text(body)).collect());
+        Ok(self.inner.store.run(move |db| kinds.into_iter().map(|kind| db.send(to, kind, true)).collect()).await?)
+    }
+
     /// Sends anything that a content can be. Texts wake the recipient up; the rest waits until its devices come.
     pub async fn send(&self, to: impl IntoRecipient, kind: Kind) -> Result<MessageId, Error> {
         let to = self.resolve(to).await?;

@@ -11,6 +11,7 @@ use tokio::sync::{broadcast, mpsc};
 use super::ChatArgs;
 use super::command::{self, Input};
 use super::text::{clock, harmless};
+use crate::client::core::content::MessageId;
 use crate::client::{Client, Connection, Event, Live, Message, Status};
 use crate::ids::AccountId;
 
@@ -157,23 +158,27 @@ impl Plain<'_> {
         if lines.is_empty() { Ok(()) } else { self.print(&lines.join("\n"), json!({ "lines": lines })) }
     }
 
-    /// Sends in order: each call queues its job before it waits for the commit that they share.
+    /// Sends in order, kept together; if that is refused, each by itself, to say which.
     async fn send(&self, texts: &[String]) -> anyhow::Result<()> {
         if texts.is_empty() {
             return Ok(());
         }
         let Some(to) = self.to else { return self.complain("no conversation is open: --to bob@vignette, or /to bob@vignette") };
-        let sending = futures_util::future::join_all(texts.iter().map(|text| self.client.send_text(to, text))).await;
-        for (text, sent) in texts.iter().zip(sending) {
-            match sent {
-                Ok(id) => {
-                    let value = json!({ "sending": { "message_id": id, "conversation": to, "body": text } });
-                    self.print(&format!("> {}", harmless(text)), value)?;
-                }
+        if let Ok(ids) = self.client.send_texts(to, texts).await {
+            return texts.iter().zip(ids).try_for_each(|(text, id)| self.sending(to, text, id));
+        }
+        for text in texts {
+            match self.client.send_text(to, text).await {
+                Ok(id) => self.sending(to, text, id)?,
                 Err(error) => self.complain(&command::why(error))?,
             }
         }
         Ok(())
+    }
+
+    fn sending(&self, to: AccountId, text: &str, id: MessageId) -> anyhow::Result<()> {
+        let value = json!({ "sending": { "message_id": id, "conversation": to, "body": text } });
+        self.print(&format!("> {}", harmless(text)), value)
     }
 
     /// The name of an account: a confirmed identity, else the beginning of its id.
