@@ -61,6 +61,11 @@ struct Outbox {
     stalled: bool,
 }
 
+/// A client acknowledged what it was never sent. Retrying never helps: it has mixed something up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("acknowledges what was never sent")]
+pub struct NeverSent;
+
 /// What a session takes out of its outbox in one go.
 #[derive(Debug, Default)]
 pub struct Taken {
@@ -250,11 +255,11 @@ impl Handle {
         });
     }
 
-    /// The client acknowledges. `Err`: it acknowledges what it never got. `Ok(true)`: the hub must be told.
-    pub fn ack(&self, to: Seq, tick: u32) -> Result<bool, ()> {
+    /// The client acknowledges. True: the hub must be told.
+    pub fn ack(&self, to: Seq, tick: u32) -> Result<bool, NeverSent> {
         let mut out = self.out.lock();
         if to > out.sent {
-            return Err(());
+            return Err(NeverSent);
         }
         if to <= out.acked {
             return Ok(false);

@@ -14,7 +14,7 @@ use prost::Message as _;
 use crate::clock::Clock;
 use crate::delivery::frames::Batch;
 use crate::delivery::hub::Hub;
-use crate::delivery::outbox::{Flow, Handle};
+use crate::delivery::outbox::{Flow, Handle, NeverSent};
 use crate::delivery::sending;
 use crate::directory::AccountView;
 use crate::ids::{DeviceAddr, Seq};
@@ -98,7 +98,7 @@ impl Reader<'_> {
 
     fn ack(&mut self, to: Seq) -> Result<(), CloseReason> {
         let Session { hub, handle } = self.session;
-        if handle.ack(to, hub.tick()).map_err(|()| CloseReason::ProtocolError)? {
+        if handle.ack(to, hub.tick()).map_err(|NeverSent| CloseReason::ProtocolError)? {
             hub.ack_later(Arc::clone(handle));
             metrics::observe_acks(1);
         }
