@@ -627,6 +627,30 @@ mod tests {
         }
     }
 
+    /// The example for operators says what holds, and every key that is commented out exists.
+    #[test]
+    fn the_example_file_is_the_defaults() {
+        let text = include_str!("../docs/sealpost.example.toml");
+        let example: Config = toml::from_str(text).expect("parses");
+        assert_eq!(format!("{example:?}"), format!("{:?}", Config::default()));
+        let key = |line: &str| {
+            line.strip_prefix("# ")
+                .is_some_and(|rest| rest.starts_with('[') || rest.split_once(" = ").is_some_and(|(k, _)| !k.contains(' ')))
+        };
+        // Realms last, so that the keys of the sections before them stay theirs.
+        let (realms, others): (Vec<_>, Vec<_>) = {
+            let lines: Vec<_> = text.lines().map(|line| if key(line) { &line[2..] } else { line }).collect();
+            let from = lines.iter().position(|line| *line == "[[realms]]").expect("there");
+            let to = lines.iter().position(|line| *line == "[limits]").expect("there");
+            (lines[from..to].to_vec(), [&lines[..from], &lines[to..]].concat())
+        };
+        let all: Config = toml::from_str(&[others, realms].concat().join("\n")).expect("parses with everything");
+        all.validate().expect("valid");
+        let mut limits = Config { dev: Some(false), ..all.clone() };
+        limits.limits = Limits::default();
+        assert_eq!(all.rates(), limits.rates(), "the rates that are written are the defaults");
+    }
+
     #[test]
     fn secrets_are_not_printed() {
         let config = from_env(&[("SEALPOST_METRICS__TOKEN", "0123456789abcdef")]).expect("loads");
