@@ -25,7 +25,7 @@ const ONLY_THERE: &[(&str, &[&str])] = &[
     ("fjall", &["store/embedded"]),
     ("rusqlite", &["client"]),
     ("clap", &["cli", "main", "config"]),
-    ("anyhow", &["cli", "main"]),
+    ("anyhow", &["cli", "main", "testing"]),
 ];
 
 /// Crates with I/O, time or threads that a pure module must not name.
