@@ -30,7 +30,7 @@ pub(super) async fn open(args: &ChatArgs) -> anyhow::Result<Client> {
 
 async fn register(args: &ChatArgs, path: &Path) -> anyhow::Result<Client> {
     let token = match &args.token {
-        Some(token) => token.clone(),
+        Some(token) => token.0.clone(),
         None => match dev_token(&args.server, &args.identity).await {
             Ok(token) => token,
             Err(error) if matches!(error.code(), Some(Code::NotFound | Code::Forbidden)) => bail!(

@@ -13,6 +13,23 @@ use std::path::PathBuf;
 
 use crate::ids::Identity;
 
+/// A realm's token; never printed.
+#[derive(Clone)]
+pub struct Token(String);
+
+impl std::str::FromStr for Token {
+    type Err = std::convert::Infallible;
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Ok(Self(text.to_owned()))
+    }
+}
+
+impl std::fmt::Debug for Token {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Token(…)")
+    }
+}
+
 /// Talks to people from the terminal: end-to-end encrypted, with history, ticks and safety numbers.
 #[derive(Debug, Clone, clap::Args)]
 pub struct ChatArgs {
@@ -33,7 +50,7 @@ pub struct ChatArgs {
     pub to: Option<Identity>,
     /// A token of the realm's identity provider, to register this device with. Not needed in development mode.
     #[arg(long, env = "SEALPOST_TOKEN", hide_env_values = true, value_name = "JWT")]
-    pub token: Option<String>,
+    pub token: Option<Token>,
     /// Registers this device anew; what was there is kept beside it, under another name.
     #[arg(long)]
     pub fresh: bool,

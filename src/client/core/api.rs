@@ -193,9 +193,14 @@ pub struct Registered {
     /// The device in it.
     pub device_id: DeviceId,
     /// The secret every further request carries.
-    pub credential: String,
+    #[serde(deserialize_with = "secret")]
+    pub credential: Zeroizing<String>,
     /// The account's identities.
     pub identities: Vec<Identity>,
+}
+
+fn secret<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Zeroizing<String>, D::Error> {
+    String::deserialize(deserializer).map(Zeroizing::new)
 }
 
 /// One of one's own devices.

@@ -50,7 +50,7 @@ impl Device {
         let registered = Registered {
             account_id: address.account,
             device_id: address.device,
-            credential: "sp1_test".into(),
+            credential: "sp1_test".to_owned().into(),
             identities: vec![identity],
         };
         db.finish_registration("http://127.0.0.1", &registered).expect("registered");
