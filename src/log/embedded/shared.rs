@@ -1,6 +1,7 @@
 //! What the threads of one log share.
 
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use parking_lot::Mutex;
 
@@ -11,6 +12,7 @@ use crate::log::embedded::reader::OpenSegments;
 use crate::log::embedded::spare::Spare;
 use crate::log::embedded::view::View;
 use crate::log::{AppendError, ReadError, TopicPartition};
+use crate::metrics;
 
 /// See the module.
 pub(super) struct Shared {
@@ -91,7 +93,8 @@ impl Shared {
     }
 
     /// Counts a commit.
-    pub fn committed(&self, records: u64, bytes: u64) {
+    pub fn committed(&self, records: u64, bytes: u64, elapsed: Duration) {
+        metrics::observe_log_commit(records, bytes, elapsed);
         self.commits.fetch_add(1, Ordering::Relaxed);
         self.records.fetch_add(records, Ordering::Relaxed);
         self.bytes.fetch_add(bytes, Ordering::Relaxed);

@@ -21,6 +21,7 @@ use crate::log::embedded::spare::Prepared;
 use crate::log::embedded::summary::Sealed;
 use crate::log::embedded::view::{After, Published};
 use crate::log::{AppendError, AppendSink, Record, TopicPartition};
+use crate::metrics;
 
 /// After so long without appends an empty chunk is written: from then on damage to the last record is told
 /// apart from a write that a crash cut off.
@@ -334,6 +335,7 @@ impl Writer {
         let end = info.end + len as u64;
         let padded = (align(end, PAGE).min(info.size) - info.end) as usize;
         self.buffer[len..padded].fill(0);
+        let started = Instant::now();
         let written =
             disk::write_all(self.active.file.as_ref(), &self.buffer[..padded], info.end).and_then(|()| self.active.file.sync_data());
         if let Err(error) = written {
@@ -353,7 +355,7 @@ impl Writer {
             self.spare_wanted = true;
             self.shared.spare.want(info.number + 1, self.shared.next_size(info.size));
         }
-        self.shared.committed(self.heads.iter().map(|(_, head)| u64::from(head.count)).sum(), padded as u64);
+        self.shared.committed(self.heads.iter().map(|(_, head)| u64::from(head.count)).sum(), padded as u64, started.elapsed());
         Ok(())
     }
 
@@ -366,6 +368,7 @@ impl Writer {
 
     fn poison(&mut self, error: &io::Error) -> AppendError {
         let path = segment_path(&self.shared.options.dir, self.active.info.number);
+        metrics::observe_log_failure();
         tracing::error!(%error, path = %path.display(), "the log failed to write or sync; it takes no more until a restart");
         let error = AppendError::Poisoned(format!("{}: {error}", path.display()));
         self.fail_rest(error.clone());
