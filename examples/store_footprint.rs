@@ -34,7 +34,7 @@ async fn register(store: &Arc<EmbeddedStore>, number: u64) {
     let write = DirectoryWrite { accounts: vec![record], keys: vec![(addr, Some(keys))], linked, ..Default::default() };
     store.write_directory(write).await.expect("writes");
     store.add_one_time(addr, KeyKind::Ec, vec![key(1, 33), key(2, 33)]).await.expect("adds");
-    let inboxes = vec![(addr, Some(InboxState::default()))];
+    let inboxes = vec![(addr, InboxState::default())];
     store.write(DeliveryWrite { inboxes, ..Default::default() }).await.expect("writes");
 }
 
@@ -109,7 +109,7 @@ async fn backlog(store: &Arc<EmbeddedStore>) {
         let read = Instant::now();
         assert_eq!(store.pending(one, Seq::ZERO, Seq::MAX, 1000, usize::MAX).await.expect("reads").len(), 200);
         worst = worst.max(read.elapsed());
-        let inboxes = vec![(one, Some(InboxState { cursor: Seq(200), ..Default::default() }))];
+        let inboxes = vec![(one, InboxState { cursor: Seq(200), ..Default::default() })];
         store.write(DeliveryWrite { drop_to: vec![(one, Seq(200))], inboxes, ..Default::default() }).await.expect("writes");
     }
     println!("read and dropped in {:?}, worst read {worst:?}, memory {:.1} MB", start.elapsed(), resident() as f64 / 1e6);

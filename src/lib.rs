@@ -25,6 +25,8 @@ pub mod wire;
 
 #[cfg(feature = "server")]
 pub mod auth;
+#[cfg(feature = "server")]
+mod background;
 #[cfg(feature = "cli")]
 pub mod cli;
 #[cfg(feature = "client-core")]

@@ -81,13 +81,13 @@ async fn command(store: &EmbeddedStore, at: u64, wish: &Wish) -> Option<(u64, Di
 
 async fn lives_and_is_rebuilt(dir: &std::path::Path, wishes: &[Wish], batch: usize, order: [u16; 3]) {
     let store: Arc<EmbeddedStore> = EmbeddedStore::open(dir, Options::default()).expect("opens");
-    let mut log: BTreeMap<Partition, Vec<DirectoryCommand>> = BTreeMap::new();
+    let mut log: BTreeMap<Partition, Vec<(Offset, DirectoryCommand)>> = BTreeMap::new();
     for (at, wish) in wishes.iter().enumerate() {
         let Some((n, command)) = command(&store, at as u64, wish).await else { continue };
         let records = log.entry(partition(n)).or_default();
-        records.push(command.clone());
+        records.push((Offset(records.len() as u64), command.clone()));
         let next = Offset(records.len() as u64);
-        let plan = plan(&*store, partition(n), next, std::slice::from_ref(&command)).await.expect("reads");
+        let plan = plan(&*store, partition(n), next, &records[records.len() - 1..]).await.expect("reads");
         plan.commit(&*store, &*store).await.expect("writes");
         let refused = !matches!(plan.outcomes[0].verdict, Verdict::Done(_));
         // As the directory service does for what was refused.

@@ -91,8 +91,8 @@ fn numbered_write(n: u64) -> DeliveryWrite {
     DeliveryWrite {
         positions: vec![(Partition(1), Offset(n))],
         put: (1..4).map(|d| (device(d, 1), envelope(n, n, 20_000))).collect(),
-        inboxes: (1..4).map(|d| (device(d, 1), Some(InboxState { items: n, ..Default::default() }))).collect(),
-        marks: vec![(mark_key(), Mark { high: n, seen: 1 })],
+        inboxes: (1..4).map(|d| (device(d, 1), InboxState { items: n, ..Default::default() })).collect(),
+        marks: vec![(mark_key(), Mark { high: n, seen: 1, ..Default::default() })],
         ..Default::default()
     }
 }
@@ -351,7 +351,7 @@ async fn long_journals_reopen() {
     let fill = async |store: &EmbeddedStore, from: u64, to: u64| {
         for n in from..to {
             let put = (0..20).map(|d| (device(d, 1), envelope(n, n, 50_000))).collect();
-            let inboxes = (0..20).map(|d| (device(d, 1), Some(InboxState { items: n, ..Default::default() }))).collect();
+            let inboxes = (0..20).map(|d| (device(d, 1), InboxState { items: n, ..Default::default() })).collect();
             let positions = vec![(Partition(0), Offset(n))];
             store.write(DeliveryWrite { put, inboxes, positions, ..Default::default() }).await.expect("writes");
         }
@@ -381,7 +381,7 @@ async fn a_big_account_goes_whole() {
         store.write(DeliveryWrite { put, ..Default::default() }).await.expect("writes");
     }
     store.write(DeliveryWrite { put: vec![(device(2, 1), receipt(1))], ..Default::default() }).await.expect("writes");
-    store.write(DeliveryWrite { remove_accounts: vec![account(1)], ..Default::default() }).await.expect("writes");
+    store.write(DeliveryWrite { remove_accounts: vec![(account(1), Seq(1 << 40))], ..Default::default() }).await.expect("writes");
     assert_eq!(store.dump_view().await.expect("reads").sections[0].rows, 1);
 }
 
@@ -488,12 +488,13 @@ impl Model {
             let dev = device(*n, *d);
             self.inboxes.remove(&dev);
             self.pending.retain(|(of, _), _| *of != dev);
+            write.put.retain(|(of, _)| *of != dev);
+            write.remove_devices.push((dev, Seq(*seq)));
         }
-        let touched: BTreeSet<DeviceAddr> =
-            put.iter().chain(gone).copied().chain(ack.iter().map(|a| (a.0, a.1))).map(|(n, d)| device(n, d)).collect();
-        write.inboxes = touched.into_iter().map(|dev| (dev, self.inboxes.get(&dev).copied())).collect();
+        let touched: BTreeSet<DeviceAddr> = put.iter().copied().chain(ack.iter().map(|a| (a.0, a.1))).map(|(n, d)| device(n, d)).collect();
+        write.inboxes = touched.into_iter().filter_map(|dev| Some((dev, *self.inboxes.get(&dev)?))).collect();
         let key = MarkKey { recipient: account(mark % 3), sender: device(mark % 4, 1) };
-        self.marks.insert(key, Mark { high: mark, seen: u128::from(*seq) });
+        self.marks.insert(key, Mark { high: mark, seen: u128::from(*seq), ..Default::default() });
         write.marks.push((key, self.marks[&key]));
         let partition = Partition((mark % 4) as u16);
         self.positions.insert(partition, Offset(*seq));
@@ -592,7 +593,7 @@ impl Model {
                     self.pending.retain(|(dev, _), _| dev.account != id);
                     self.inboxes.retain(|dev, _| dev.account != id);
                     self.marks.retain(|key, _| key.recipient != id);
-                    store.write(DeliveryWrite { remove_accounts: vec![id], ..Default::default() }).await?;
+                    store.write(DeliveryWrite { remove_accounts: vec![(id, Seq(1 << 40))], ..Default::default() }).await?;
                 }
                 Step::Read { device: (n, d), after, to, items, bytes } => {
                     let found = store.pending(device(*n, *d), Seq(*after), Seq(*to), *items, *bytes).await?;

@@ -78,8 +78,8 @@ fn world() -> World {
     tokio::spawn(async move {
         let mut next = Offset(0);
         while let Some(payload) = queue.recv().await {
+            let commands = [(next, event::decode_owned(&payload).expect("a command"))];
             next = next.next();
-            let commands = [event::decode_owned(&payload).expect("a command")];
             let plan = directory::plan(&*view, Partition(0), next, &commands).await.expect("reads");
             plan.commit(&*view, &*view).await.expect("writes");
             let Some(to) = to.upgrade() else { return };

@@ -11,8 +11,9 @@ use std::time::Duration;
 
 use futures_util::future::{join_all, try_join_all};
 
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, oneshot};
 
+use crate::background;
 use crate::config::Rates;
 use crate::ids::{AccountId, DeviceAddr, DeviceId};
 use crate::limits;
@@ -62,16 +63,19 @@ pub struct Upload {
 }
 
 impl Upload {
-    /// Checks everything with libsignal's code. Costs about 0.1 ms a signature, so big batches go to a thread of their own, one
-    /// at a time: many devices that refill at once must not take all cores from the fetches and messages beside them.
+    /// Checks everything with libsignal's code. Costs about 0.1 ms a signature, so big batches go to a background thread, one
+    /// at a time: many devices that refill at once must not take the cores from the fetches and messages beside them.
     pub async fn verify(self, identity_key: Vec<u8>) -> Result<Self, KeysError> {
         if self.pq_one_time.len() + self.one_time.len() <= 8 {
             return Ok(self.checked(&identity_key)?);
         }
         static TURN: Semaphore = Semaphore::const_new(1);
         let _turn = TURN.acquire().await.map_err(|_| KeysError::Internal)?;
-        let verified = tokio::task::spawn_blocking(move || self.checked(&identity_key)).await;
-        Ok(verified.map_err(|_| KeysError::Internal)??)
+        let (sender, verified) = oneshot::channel();
+        // A thread for each is a few hundredths of what it does. Who waited may have gone away.
+        let thread = background::spawn("verify", move || drop(sender.send(self.checked(&identity_key))));
+        thread.map_err(|_| KeysError::Internal)?;
+        Ok(verified.await.map_err(|_| KeysError::Internal)??)
     }
 
     fn checked(self, identity_key: &[u8]) -> Result<Self, InvalidKeys> {

@@ -93,8 +93,8 @@ pub struct Projection {
     dirty_marks: Vec<MarkKey>,
     /// Devices that had fresh items since the last flush.
     with_fresh: Vec<DeviceAddr>,
-    removed: Vec<AccountId>,
-    gone: Vec<DeviceAddr>,
+    removed: Vec<(AccountId, Seq)>,
+    gone: Vec<(DeviceAddr, Seq)>,
     /// Devices without a stream that have fresh items: they are written soon, for polls to see.
     waiting: Vec<DeviceAddr>,
     told: Vec<Told>,
@@ -138,16 +138,24 @@ impl Projection {
 
     /// Puts an inbox in memory as the store has it.
     pub fn load_inbox(&mut self, device: DeviceAddr, state: Option<InboxState>) {
-        // What the store has of something that was removed is from before the removal.
-        let removed = self.gone.contains(&device) || self.removed.contains(&device.account);
-        let state = state.filter(|_| !removed).unwrap_or_default();
+        let state = state.filter(|state| state.applied > self.removed_at(device)).unwrap_or_default();
         self.inboxes.entry(device).or_insert(Inbox { state, ..Inbox::default() });
     }
 
     /// Puts a mark in memory as the store has it.
     pub fn load_mark(&mut self, key: MarkKey, mark: Option<Mark>) {
-        let mark = mark.filter(|_| !self.removed.contains(&key.recipient)).unwrap_or_default();
+        let mark = mark.filter(|mark| mark.applied > self.account_removed_at(&key.recipient)).unwrap_or_default();
         self.marks.entry(key).or_insert((mark, false));
+    }
+
+    /// What the store has of something that was removed may be from before the removal, or, in a replay, from behind it.
+    fn removed_at(&self, device: DeviceAddr) -> Seq {
+        let gone = self.gone.iter().filter(|(gone, _)| *gone == device).map(|(_, at)| *at).max();
+        gone.unwrap_or_default().max(self.account_removed_at(&device.account))
+    }
+
+    fn account_removed_at(&self, account: &AccountId) -> Seq {
+        self.removed.iter().filter(|(gone, _)| gone == account).map(|(_, at)| *at).max().unwrap_or_default()
     }
 
     /// Applies the event of the record at `at`. `payload` is the record's buffer, which the event borrows from.
@@ -161,10 +169,10 @@ impl Projection {
                 self.put(device, PendingItem { seq: at, body: PendingBody::Receipts(entries) }, false);
                 None
             }
-            InboxEvent::Acked { device, cursor } => self.settle(device, cursor.min(at), ReceiptKind::Delivered),
-            InboxEvent::Expired { device, to } => self.settle(device, to.min(at), ReceiptKind::Expired),
+            InboxEvent::Acked { device, cursor } => self.settle(device, at, cursor.min(at), ReceiptKind::Delivered),
+            InboxEvent::Expired { device, to } => self.settle(device, at, to.min(at), ReceiptKind::Expired),
             InboxEvent::DeviceAttached { device, edge, attach } => {
-                let inbox = self.touch(device);
+                let Some(inbox) = self.touch(device, at) else { return None };
                 let before = inbox.state.attached.replace((edge, attach));
                 if let Some((old_edge, old)) = before.filter(|old| *old != (edge, attach)) {
                     self.pushes.push((old_edge, Push::Replaced { device, attach: old }));
@@ -172,7 +180,7 @@ impl Projection {
                 Some(Step::Attach { device, edge, attach, at })
             }
             InboxEvent::DeviceDetached { device, edge, attach } => {
-                let inbox = self.touch(device);
+                let Some(inbox) = self.touch(device, at) else { return None };
                 if inbox.state.attached == Some((edge, attach)) {
                     inbox.state.attached = None;
                     if !inbox.fresh.is_empty() {
@@ -182,33 +190,42 @@ impl Projection {
                 None
             }
             InboxEvent::DeviceRemoved { device } => {
-                self.remove_inbox(device);
-                self.gone.push(device);
+                self.remove_inbox(device, at);
+                self.gone.push((device, at));
                 None
             }
             InboxEvent::AccountRemoved { account } => {
                 for number in 1..=u32::from(DeviceId::MAX) {
                     let device = DeviceId::new(number).expect("the loop stays in the range of device ids");
-                    self.remove_inbox(DeviceAddr { account, device });
+                    self.remove_inbox(DeviceAddr { account, device }, at);
                 }
-                self.marks.retain(|key, _| key.recipient != account);
-                self.dirty_marks.retain(|key| key.recipient != account);
-                self.removed.push(account);
+                self.marks.retain(|key, (mark, _)| key.recipient != account || mark.applied > at);
+                self.dirty_marks.retain(|key| self.marks.contains_key(key));
+                self.removed.push((account, at));
                 None
             }
         }
     }
 
-    fn touch(&mut self, device: DeviceAddr) -> &mut Inbox {
+    /// The inbox, to be changed by the event at this position; `None` if that is a replay which it holds already.
+    fn touch(&mut self, device: DeviceAddr, at: Seq) -> Option<&mut Inbox> {
         let inbox = self.inboxes.entry(device).or_default();
+        if inbox.state.applied >= at {
+            return None;
+        }
+        inbox.state.applied = at;
         if !inbox.dirty {
             inbox.dirty = true;
             self.dirty_inboxes.push(device);
         }
-        inbox
+        Some(inbox)
     }
 
-    fn remove_inbox(&mut self, device: DeviceAddr) {
+    /// In a replay a younger inbox of the same device may stand there already; it stays.
+    fn remove_inbox(&mut self, device: DeviceAddr, at: Seq) {
+        if self.inboxes.get(&device).is_some_and(|inbox| inbox.state.applied > at) {
+            return;
+        }
         let Some(inbox) = self.inboxes.remove(&device) else { return };
         self.fresh_bytes -= inbox.fresh.iter().map(PendingItem::cost).sum::<usize>();
         if let Some((edge, _)) = inbox.state.attached {
@@ -222,13 +239,17 @@ impl Projection {
     fn accept(&mut self, at: Seq, accepted: &EnvelopesAccepted<'_>, payload: &Bytes) {
         let key = MarkKey { recipient: accepted.recipient, sender: accepted.sender };
         let (mark, dirty) = self.marks.entry(key).or_default();
+        if mark.applied >= at {
+            // A replay: marks are written behind inboxes and items, so all of this event is in the store.
+            return;
+        }
         let seen = mark.see(accepted.client_message_id.0);
         if seen != Seen::Again && !*dirty {
             *dirty = true;
             self.dirty_marks.push(key);
         }
         match seen {
-            Seen::New => {}
+            Seen::New => mark.applied = at,
             Seen::Again => return,
             Seen::Behind => {
                 // The edge's own check makes this all but impossible; if it happens the sender is told, never left in the dark.
@@ -260,6 +281,9 @@ impl Projection {
 
     fn put(&mut self, device: DeviceAddr, item: PendingItem, ephemeral: bool) {
         let inbox = self.inboxes.entry(device).or_default();
+        if inbox.state.applied >= item.seq {
+            return;
+        }
         if let Some((edge, attach)) = inbox.state.attached {
             self.pushes.push((edge, Push::Item { device, attach, item: item.clone() }));
         } else if !ephemeral && inbox.fresh.is_empty() {
@@ -268,6 +292,7 @@ impl Projection {
         if ephemeral {
             return;
         }
+        inbox.state.applied = item.seq;
         if !inbox.listed {
             inbox.listed = true;
             self.with_fresh.push(device);
@@ -281,14 +306,21 @@ impl Projection {
     }
 
     /// Everything up to `to` is done with, for one of two reasons.
-    fn settle(&mut self, device: DeviceAddr, to: Seq, kind: ReceiptKind) -> Option<Step> {
+    fn settle(&mut self, device: DeviceAddr, at: Seq, to: Seq, kind: ReceiptKind) -> Option<Step> {
         let inbox = self.inboxes.entry(device).or_default();
         let done = inbox.state.cursor.max(inbox.state.expired_to);
         if to <= inbox.state.cursor || (kind == ReceiptKind::Expired && to <= done) {
+            if self.replaying && inbox.state.applied >= at {
+                // The inbox was written before a crash; what it drops is written behind it and may be missing.
+                inbox.drop_to = inbox.drop_to.max(to);
+                if !std::mem::replace(&mut inbox.dirty, true) {
+                    self.dirty_inboxes.push(device);
+                }
+            }
             return None;
         }
         let after = done.min(to);
-        let inbox = self.touch(device);
+        let inbox = self.touch(device, at)?;
         match kind {
             ReceiptKind::Expired => inbox.state.expired_to = to,
             ReceiptKind::Delivered | ReceiptKind::Rejected => inbox.state.cursor = to,
@@ -339,7 +371,7 @@ impl Projection {
     /// Removals go with the next write, even an early one: later they would take rows away that were put behind them.
     fn take_removals(&mut self, write: &mut DeliveryWrite) {
         write.remove_accounts.append(&mut self.removed);
-        write.inboxes.extend(self.gone.drain(..).map(|device| (device, None)));
+        write.remove_devices.append(&mut self.gone);
     }
 
     /// Moves a device's fresh items into `write`: from now on they count as stored.
@@ -396,7 +428,7 @@ impl Projection {
             if inbox.drop_to > Seq::ZERO {
                 write.drop_to.push((device, std::mem::take(&mut inbox.drop_to)));
             }
-            write.inboxes.push((device, Some(inbox.state)));
+            write.inboxes.push((device, inbox.state));
         }
         for key in self.dirty_marks.drain(..) {
             if let Some((mark, dirty)) = self.marks.get_mut(&key).filter(|(_, dirty)| *dirty) {
@@ -406,8 +438,9 @@ impl Projection {
         }
     }
 
-    /// Keeps memory below its cap after a flush: everything in memory is then in the store too, so any of it may go.
-    pub fn trim(&mut self) {
+    /// Keeps memory below its cap after a flush: everything in memory is then in the store too, so any of it may go. Whether any went.
+    pub fn trim(&mut self) -> bool {
+        let before = (self.inboxes.len(), self.marks.len());
         if self.inboxes.len() > limits::HOT_ENTRIES {
             self.inboxes.retain(|_, inbox| inbox.dirty || inbox.full || !inbox.fresh.is_empty());
             self.inboxes.shrink_to(limits::HOT_ENTRIES / 4);
@@ -416,6 +449,7 @@ impl Projection {
             self.marks.retain(|_, (_, dirty)| *dirty);
             self.marks.shrink_to(limits::HOT_ENTRIES / 4);
         }
+        before != (self.inboxes.len(), self.marks.len())
     }
 
     /// Forgets a partition that belongs to somebody else now; call after a flush.

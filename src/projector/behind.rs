@@ -58,6 +58,8 @@ pub struct Behind {
     jobs: mpsc::Sender<Job>,
     done: watch::Receiver<Done>,
     queued: u64,
+    /// What was forgotten from memory may stand only in jobs up to this one.
+    forgotten: u64,
     task: JoinHandle<()>,
 }
 
@@ -73,13 +75,16 @@ impl Behind {
     pub fn start(store: Arc<dyn DeliveryStore>, bus: Arc<dyn PushBus>) -> Self {
         let (jobs, receiver) = mpsc::channel(QUEUE);
         let (done, watcher) = watch::channel(Done::default());
-        Self { jobs, done: watcher, queued: 0, task: tokio::spawn(run(store, bus, receiver, done)) }
+        Self { jobs, done: watcher, queued: 0, forgotten: 0, task: tokio::spawn(run(store, bus, receiver, done)) }
     }
 
     /// Queues a job; waits while the queue is full.
     pub async fn queue(&mut self, job: Job) -> Result<(), WorkerError> {
         self.check()?;
         self.queued += 1;
+        if !job.write.remove_accounts.is_empty() || !job.write.remove_devices.is_empty() {
+            self.forgot();
+        }
         if self.jobs.send(job).await.is_err() {
             self.check()?;
             return Err(WorkerError::Store(StoreError::Unavailable("the writer ended".to_owned())));
@@ -89,8 +94,22 @@ impl Behind {
 
     /// Waits until everything queued is in the store.
     pub async fn settle(&mut self) -> Result<(), WorkerError> {
-        let queued = self.queued;
-        let waited = self.done.wait_for(|done| done.jobs >= queued || done.failed.is_some()).await.map(drop);
+        self.settle_to(self.queued).await
+    }
+
+    /// Notes that rows of the jobs so far may not be in the projector's memory any more. Removals are noted by themselves.
+    pub const fn forgot(&mut self) {
+        self.forgotten = self.queued;
+    }
+
+    /// Waits until what is not in memory can be read from the store. That is at once unless something was forgotten lately: the
+    /// first message between two people must not wait for the flush of everybody else's.
+    pub async fn settle_forgotten(&mut self) -> Result<(), WorkerError> {
+        self.settle_to(self.forgotten).await
+    }
+
+    async fn settle_to(&mut self, job: u64) -> Result<(), WorkerError> {
+        let waited = self.done.wait_for(|done| done.jobs >= job || done.failed.is_some()).await.map(drop);
         self.check()?;
         waited.map_err(|_| WorkerError::Store(StoreError::Unavailable("the writer ended".to_owned())))
     }

@@ -108,6 +108,7 @@ fn apply_to_nobody(command: &DirectoryCommand) -> Applied {
                 devices: vec![],
                 last_device: 0,
                 blocked: vec![],
+                applied: Offset(0),
             };
             let mut applied = register(command, account, identity, device);
             applied.effects.push(Effect::Linked(command.account, identity.clone()));
@@ -256,6 +257,7 @@ fn delete(command: &DirectoryCommand, account: &AccountRecord) -> Applied {
         devices: vec![],
         last_device: 0,
         blocked: vec![],
+        applied: account.applied,
     };
     replace(account.id, Some(account), &tombstone)
 }
@@ -297,7 +299,7 @@ pub struct Outcome {
 /// Decided commands of one partition, not written yet.
 #[derive(Debug, Default)]
 pub struct Plan {
-    /// One for each command, in their order.
+    /// One for each command that was not applied before, in their order.
     pub outcomes: Vec<Outcome>,
     /// Everything that has to happen, in order.
     pub effects: Vec<Effect>,
@@ -309,19 +311,26 @@ pub async fn plan(
     store: &(impl DirectoryStore + ?Sized),
     partition: Partition,
     next: Offset,
-    commands: &[DirectoryCommand],
+    commands: &[(Offset, DirectoryCommand)],
 ) -> Result<Plan, StoreError> {
-    let ids: BTreeMap<AccountId, ()> = commands.iter().map(|command| (command.account, ())).collect();
-    let devices: BTreeMap<DeviceAddr, ()> = commands.iter().filter_map(needs_keys).map(|device| (device, ())).collect();
+    let ids: BTreeMap<AccountId, ()> = commands.iter().map(|(_, command)| (command.account, ())).collect();
+    let devices: BTreeMap<DeviceAddr, ()> =
+        commands.iter().filter_map(|(_, command)| needs_keys(command)).map(|device| (device, ())).collect();
     let mut accounts = in_chunks(ids.into_keys(), |id| store.account(id)).await?;
     let mut keys = in_chunks(devices.into_keys(), |device| store.device_keys(device)).await?;
 
     let mut plan = Plan::default();
     let (mut changed_accounts, mut changed_keys) = (BTreeMap::new(), BTreeMap::new());
-    for command in commands {
+    for (offset, command) in commands {
+        let account = accounts.get(&command.account).and_then(Option::as_ref);
+        // A replay over a store that was written half way; the account's own row was the last of it.
+        if account.is_some_and(|account| account.applied > *offset) {
+            continue;
+        }
         let stored = needs_keys(command).and_then(|device| keys.get(&device)?.as_ref());
-        let applied = apply(command, accounts.get(&command.account).and_then(Option::as_ref), stored);
-        if let Some(account) = applied.account {
+        let applied = apply(command, account, stored);
+        if let Some(mut account) = applied.account {
+            account.applied = offset.next();
             changed_accounts.insert(account.id, account.clone());
             accounts.insert(account.id, Some(account));
         }

@@ -14,54 +14,99 @@ use crate::projector::push::Push;
 use crate::store::{DeliveryWrite, InboxState, Mark, MarkKey, PendingItem};
 use crate::wire::event::{self, EnvelopesAccepted, InboxEvent, ReceiptKind, SealedEnvelope};
 
-/// A store as simple as can be.
+/// A store that several projectors reach, as simple as can be: each row stands at a log position, the highest wins.
 #[derive(Debug, Default, Clone)]
 struct Store {
     next: usize,
     pending: BTreeMap<(DeviceAddr, Seq), PendingItem>,
     inboxes: BTreeMap<DeviceAddr, InboxState>,
     marks: BTreeMap<MarkKey, Mark>,
+    /// Up to where items of a device are dead; inboxes and marks, likewise.
+    dead: BTreeMap<DeviceAddr, Seq>,
+    removed: BTreeMap<DeviceAddr, Seq>,
+    accounts: BTreeMap<AccountId, Seq>,
 }
 
 impl Store {
-    fn write(&mut self, write: DeliveryWrite, next: Option<usize>) {
-        for account in write.remove_accounts {
-            self.pending.retain(|(device, _), _| device.account != account);
-            self.inboxes.retain(|device, _| device.account != account);
-            self.marks.retain(|key, _| key.recipient != account);
+    /// `steps`: how many rows get through before a crash, in the order that the contract says.
+    fn write(&mut self, write: DeliveryWrite, next: Option<usize>, mut steps: usize) {
+        let mut goes_on = || {
+            let go = steps > 0;
+            steps = steps.saturating_sub(1);
+            go
+        };
+        for (account, at) in write.remove_accounts.into_iter().take_while(|_| goes_on()) {
+            let gone = self.accounts.entry(account).or_default();
+            *gone = at.max(*gone);
         }
-        for (device, _) in write.inboxes.iter().filter(|(_, state)| state.is_none()) {
-            self.inboxes.remove(device);
-            self.pending.retain(|(of, _), _| of != device);
+        for (device, at) in write.remove_devices.into_iter().take_while(|_| goes_on()) {
+            let gone = self.removed.entry(device).or_default();
+            *gone = at.max(*gone);
         }
-        for (device, to) in write.drop_to {
-            self.pending.retain(|(of, seq), _| *of != device || *seq > to);
-        }
-        for (device, item) in write.put {
+        for (device, item) in write.put.into_iter().take_while(|_| goes_on()) {
             self.pending.insert((device, item.seq), item);
         }
-        for (device, state) in write.inboxes {
-            if let Some(state) = state {
-                self.inboxes.insert(device, state);
-            }
+        for (device, state) in write.inboxes.into_iter().take_while(|_| goes_on()) {
+            let stored = self.inboxes.entry(device).or_insert(state);
+            *stored = if state.applied >= stored.applied { state } else { *stored };
         }
-        self.marks.extend(write.marks);
-        self.next = next.unwrap_or(self.next);
+        for (device, to) in write.drop_to.into_iter().take_while(|_| goes_on()) {
+            let dead = self.dead.entry(device).or_default();
+            *dead = to.max(*dead);
+        }
+        for (key, mark) in write.marks.into_iter().take_while(|_| goes_on()) {
+            let stored = self.marks.entry(key).or_insert(mark);
+            *stored = if mark.applied >= stored.applied { mark } else { *stored };
+        }
+        if goes_on() {
+            self.next = self.next.max(next.unwrap_or(0));
+        }
+        self.bury();
+    }
+
+    fn bury(&mut self) {
+        let dead = |device: &DeviceAddr| self.dead.get(device).copied().unwrap_or_default();
+        let account = |id: &AccountId| self.accounts.get(id).copied().unwrap_or_default();
+        let gone = |device: &DeviceAddr| self.removed.get(device).copied().unwrap_or_default().max(account(&device.account));
+        self.pending.retain(|(device, seq), _| *seq > dead(device).max(gone(device)));
+        self.inboxes.retain(|device, state| state.applied > gone(device));
+        self.marks.retain(|key, mark| mark.applied > account(&key.recipient));
     }
 }
 
 #[derive(Debug, Clone)]
 enum Op {
-    Send { sender: u8, devices: Vec<u8>, id: u64, ephemeral: bool },
-    Ack { device: u8, back: u64 },
-    Attach { device: u8, attach: u64 },
-    Detach { device: u8, attach: u64 },
-    Expire { device: u8, back: u64 },
-    RemoveDevice { device: u8 },
+    Send {
+        sender: u8,
+        devices: Vec<u8>,
+        id: u64,
+        ephemeral: bool,
+    },
+    Ack {
+        device: u8,
+        back: u64,
+    },
+    Attach {
+        device: u8,
+        attach: u64,
+    },
+    Detach {
+        device: u8,
+        attach: u64,
+    },
+    Expire {
+        device: u8,
+        back: u64,
+    },
+    RemoveDevice {
+        device: u8,
+    },
     RemoveAccount,
     Flush,
     Soon,
     Crash,
+    /// A flush of which so many rows get through, then a crash.
+    Cut(usize),
 }
 
 fn op() -> impl Strategy<Value = Op> {
@@ -78,6 +123,7 @@ fn op() -> impl Strategy<Value = Op> {
         3 => Just(Op::Flush),
         2 => Just(Op::Soon),
         2 => Just(Op::Crash),
+        2 => (0usize..12).prop_map(Op::Cut),
     ]
 }
 
@@ -116,7 +162,7 @@ fn record(op: &Op, at: u64) -> Option<Bytes> {
         Op::Expire { device: number, back } => InboxEvent::Expired { device: device(*number), to: seq(*back) },
         Op::RemoveDevice { device: number } => InboxEvent::DeviceRemoved { device: device(*number) },
         Op::RemoveAccount => InboxEvent::AccountRemoved { account: account() },
-        Op::Flush | Op::Soon | Op::Crash => return None,
+        Op::Flush | Op::Soon | Op::Crash | Op::Cut(_) => return None,
     };
     Some(event::encode(&event))
 }
@@ -128,6 +174,8 @@ struct Run {
     next: usize,
     /// Everything a device was pushed or could read at a switch, to check that live and backlog meet without a hole.
     told: BTreeSet<(DeviceAddr, ReceiptKind, u64)>,
+    /// Two projectors wrote: what they counted may be less than what is stored behind the cursor.
+    shared: bool,
 }
 
 impl Run {
@@ -154,11 +202,15 @@ impl Run {
                 Some(Step::Attach { device, at, .. }) => {
                     let mut write = DeliveryWrite::default();
                     self.projection.take_fresh(device, &mut write);
-                    self.store.write(write, None);
+                    self.store.write(write, None, usize::MAX);
                     // What a stream that attaches here reads, is exactly what is pending.
                     let cursor = self.projection.inbox(&device).expect("in memory").state.cursor;
                     let readable = self.store.pending.range((device, Seq(cursor.0 + 1))..=(device, at)).count();
-                    assert!(readable as u64 >= self.projection.inbox(&device).expect("in memory").state.items);
+                    assert!(
+                        self.shared
+                            || self.projection.replaying
+                            || readable as u64 >= self.projection.inbox(&device).expect("in memory").state.items
+                    );
                 }
             }
             for (_, entries) in self.projection.take_receipts() {
@@ -170,10 +222,28 @@ impl Run {
         }
     }
 
+    fn new() -> Self {
+        Self { store: Store::default(), projection: Projection::default(), next: 0, told: BTreeSet::new(), shared: false }
+    }
+
+    /// Another projector goes on from what is stored.
+    fn restart(&mut self, log: &[Bytes]) {
+        self.projection = Projection::default();
+        self.projection.replaying = true;
+        self.next = self.store.next;
+        self.apply(log);
+        self.flush();
+        self.projection.replaying = false;
+    }
+
     fn flush(&mut self) {
+        self.flush_cut(usize::MAX);
+    }
+
+    fn flush_cut(&mut self, steps: usize) {
         let mut write = DeliveryWrite::default();
         self.projection.flush(&mut write);
-        self.store.write(write, Some(self.next));
+        self.store.write(write, Some(self.next), steps);
         assert_eq!(self.projection.fresh_bytes(), 0);
         assert!(!self.projection.is_dirty());
     }
@@ -196,7 +266,11 @@ fn fold(log: &[Bytes]) -> Expected {
             InboxEvent::EnvelopesAccepted(accepted) => {
                 let mark = out.marks.entry(MarkKey { recipient: accepted.recipient, sender: accepted.sender }).or_default();
                 let id = accepted.client_message_id.0;
-                if mark.see(id) == crate::projector::apply::Seen::New && accepted.flags & event::flags::EPHEMERAL == 0 {
+                let new = mark.see(id) == crate::projector::apply::Seen::New;
+                if new {
+                    mark.applied = at;
+                }
+                if new && accepted.flags & event::flags::EPHEMERAL == 0 {
                     out.pending.extend(accepted.envelopes.iter().map(|e| (DeviceAddr { account: account(), device: e.device }, at)));
                 }
             }
@@ -237,31 +311,8 @@ proptest! {
 
     #[test]
     fn crashes_and_flushes_leave_the_view_of_the_plain_fold(ops in proptest::collection::vec(op(), 1..80)) {
-        let mut log = Vec::new();
-        let mut run = Run { store: Store::default(), projection: Projection::default(), next: 0, told: BTreeSet::new() };
-        for op in &ops {
-            if let Some(bytes) = record(op, log.len() as u64) {
-                log.push(bytes);
-                run.apply(&log);
-            }
-            match op {
-                Op::Flush => run.flush(),
-                Op::Soon => {
-                    let mut write = DeliveryWrite::default();
-                    run.projection.take_waiting(&mut write);
-                    run.store.write(write, None);
-                }
-                Op::Crash => {
-                    run.projection = Projection::default();
-                    run.next = run.store.next;
-                    run.projection.replaying = true;
-                    run.apply(&log);
-                    run.flush();
-                    run.projection.replaying = false;
-                }
-                _ => {}
-            }
-        }
+        let (mut log, mut run) = (Vec::new(), Run::new());
+        run_ops(&mut run, &mut log, &ops);
         run.flush();
         let expected = fold(&log);
         let pending: BTreeSet<_> = run.store.pending.keys().copied().collect();
@@ -275,6 +326,67 @@ proptest! {
         for (device, state) in &run.store.inboxes {
             let items = run.store.pending.range((*device, Seq::ZERO)..=(*device, Seq::MAX)).count() as u64;
             prop_assert_eq!(state.items, items, "the count of {:?}", device);
+        }
+    }
+
+    /// A projector that was stopped for a while and did not notice that its partition moved, flushes when it wakes. Nothing that was
+    /// acknowledged can be read again, nothing is missing, and no position moves back.
+    #[test]
+    fn a_projector_that_lost_its_partition_changes_nothing_that_is_read(
+        before in proptest::collection::vec(op(), 1..40),
+        meanwhile in proptest::collection::vec(op(), 0..20),
+        after in proptest::collection::vec(op(), 0..20),
+        unseen in 0usize..4,
+    ) {
+        let (mut log, mut run) = (Vec::new(), Run { shared: true, ..Run::new() });
+        run_ops(&mut run, &mut log, &before);
+        let mut zombie = std::mem::replace(&mut run.projection, Projection::default());
+        let mut stopped_at = run.next;
+        run.restart(&log);
+        run_ops(&mut run, &mut log, &meanwhile);
+        // It wakes, applies what its consumer had at hand, and flushes.
+        let mut woken = Run { shared: true, store: std::mem::take(&mut run.store), projection: std::mem::take(&mut zombie), next: stopped_at, ..Run::new() };
+        let position = woken.store.next;
+        let seen = (stopped_at + unseen).min(log.len());
+        woken.apply(&log[..seen]);
+        stopped_at = woken.next;
+        let mut write = DeliveryWrite::default();
+        woken.projection.flush(&mut write);
+        woken.store.write(write, Some(stopped_at), usize::MAX);
+        prop_assert!(woken.store.next >= position);
+        run.store = woken.store;
+        run_ops(&mut run, &mut log, &after);
+        run.flush();
+        run.restart(&log);
+        let expected = fold(&log);
+        let readable: BTreeSet<_> = run.store.pending.keys().copied().filter(|(device, seq)| {
+            let state = run.store.inboxes.get(device).copied().unwrap_or_default();
+            *seq > state.cursor.max(state.expired_to)
+        }).collect();
+        prop_assert_eq!(readable, expected.pending);
+        prop_assert_eq!(&run.store.marks, &expected.marks);
+    }
+}
+
+fn run_ops(run: &mut Run, log: &mut Vec<Bytes>, ops: &[Op]) {
+    for op in ops {
+        if let Some(bytes) = record(op, log.len() as u64) {
+            log.push(bytes);
+            run.apply(log);
+        }
+        match op {
+            Op::Flush => run.flush(),
+            Op::Soon => {
+                let mut write = DeliveryWrite::default();
+                run.projection.take_waiting(&mut write);
+                run.store.write(write, None, usize::MAX);
+            }
+            Op::Crash => run.restart(log),
+            Op::Cut(steps) => {
+                run.flush_cut(*steps);
+                run.restart(log);
+            }
+            _ => {}
         }
     }
 }
@@ -296,7 +408,7 @@ fn marks_tell_new_from_seen_from_too_old() {
 
 #[test]
 fn an_attached_device_is_pushed_and_acknowledged_without_the_store() {
-    let mut run = Run { store: Store::default(), projection: Projection::default(), next: 0, told: BTreeSet::new() };
+    let mut run = Run::new();
     let ops = [
         Op::Attach { device: 1, attach: 7 },
         Op::Send { sender: 1, devices: vec![1], id: 1, ephemeral: false },

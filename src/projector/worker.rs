@@ -286,7 +286,7 @@ impl Worker {
     }
 
     async fn load(&mut self, needs: Needs) -> Result<(), WorkerError> {
-        self.behind.settle().await?;
+        self.behind.settle_forgotten().await?;
         if !needs.inboxes.is_empty() {
             let devices: Vec<DeviceAddr> = needs.inboxes.into_iter().collect();
             let states = retry(|| self.parts.delivery.inboxes(devices.clone())).await?;
@@ -344,8 +344,11 @@ impl Worker {
 
     async fn commands(&mut self, tp: TopicPartition, batch: &[Record], quiet: bool) -> Result<(), WorkerError> {
         let Some(last) = batch.last() else { return Ok(()) };
-        let decode = |record: &Record| event::decode_owned(&record.payload).map_err(|source| undecodable(tp, record, source));
-        let commands = batch.iter().map(decode).collect::<Result<Vec<DirectoryCommand>, _>>()?;
+        let decode = |record: &Record| {
+            let command = event::decode_owned(&record.payload).map_err(|source| undecodable(tp, record, source))?;
+            Ok((record.offset, command))
+        };
+        let commands = batch.iter().map(decode).collect::<Result<Vec<(Offset, DirectoryCommand)>, WorkerError>>()?;
         let parts = &self.parts;
         let plan = retry(|| directory::plan(parts.directory.as_ref(), tp.partition, last.offset.next(), &commands)).await?;
         if quiet {
@@ -429,7 +432,9 @@ impl Worker {
             write.positions = positions.iter().filter(|(tp, _)| tp.topic == Topic::Inbox).map(|(tp, next)| (tp.partition, *next)).collect();
             let after = std::mem::take(&mut self.receipts);
             self.behind.queue(Job { write, after, positions, ..Job::default() }).await?;
-            self.projection.trim();
+            if self.projection.trim() {
+                self.behind.forgot();
+            }
         }
         for (tp, next) in self.behind.covered() {
             if self.owned.contains_key(&tp) {

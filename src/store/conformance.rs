@@ -99,8 +99,8 @@ pub async fn delivery(fixture: &dyn Fixture) -> Outcome {
     let (a, b) = (device(1, 1), device(1, 2));
     let key = MarkKey { recipient: a.account, sender: b };
     let attached = Some((EdgeId::from_bytes([9; 16]), AttachId(4)));
-    let state = InboxState { cursor: Seq(3), expired_to: Seq(2), attached, items: 4, bytes: 5 };
-    let mark = Mark { high: 300, seen: u128::MAX - 5 };
+    let state = InboxState { cursor: Seq(3), expired_to: Seq(2), attached, items: 4, bytes: 5, applied: Seq(1 << 50) };
+    let mark = Mark { high: 300, seen: u128::MAX - 5, applied: Seq(300) };
     let items = vec![envelope(4, 10, 100), receipt(5), envelope(300, 11, 0), envelope(1 << 50, 12, 3000)];
     {
         let store = fixture.open().await.delivery;
@@ -112,7 +112,7 @@ pub async fn delivery(fixture: &dyn Fixture) -> Outcome {
             .write(DeliveryWrite {
                 positions: vec![(Partition(3), Offset(17)), (Partition(4), Offset(1))],
                 put,
-                inboxes: vec![(a, Some(state))],
+                inboxes: vec![(a, state)],
                 marks: vec![(key, mark)],
                 ..Default::default()
             })
@@ -140,38 +140,41 @@ pub async fn delivery(fixture: &dyn Fixture) -> Outcome {
 pub async fn delivery_removal(fixture: &dyn Fixture) -> Outcome {
     let store = fixture.open().await.delivery;
     let (a, b, other) = (device(10, 1), device(10, 2), device(11, 1));
-    let mark = |recipient: DeviceAddr, sender| (MarkKey { recipient: recipient.account, sender }, Mark { high: 1, seen: 1 });
-    let state = InboxState { items: 1, ..Default::default() };
+    let mark =
+        |recipient: DeviceAddr, sender| (MarkKey { recipient: recipient.account, sender }, Mark { high: 1, seen: 1, applied: Seq(9) });
+    let state = InboxState { items: 1, applied: Seq(9), ..Default::default() };
     let put = [a, b, other].iter().flat_map(|device| (1..=9).map(|seq| (*device, envelope(seq, seq, 10)))).collect();
-    let inboxes = [a, b, other].map(|device| (device, Some(state))).to_vec();
+    let inboxes = [a, b, other].map(|device| (device, state)).to_vec();
     let marks = vec![mark(a, other), mark(other, a)];
     store.write(DeliveryWrite { put, inboxes, marks, ..Default::default() }).await?;
 
     // The drop comes before the put, whatever the seqs; and a drop to an earlier point changes nothing.
-    let inboxes = vec![(a, Some(InboxState { cursor: Seq(4), ..state }))];
+    let inboxes = vec![(a, InboxState { cursor: Seq(4), applied: Seq(10), ..state })];
     let put = vec![(a, envelope(10, 1, 1))];
     store.write(DeliveryWrite { drop_to: vec![(a, Seq(4)), (b, Seq::ZERO)], put, inboxes, ..Default::default() }).await?;
     assert_eq!(seqs(&all(&*store, a).await?), [5, 6, 7, 8, 9, 10]);
     assert_eq!(all(&*store, b).await?.len(), 9);
-    let inboxes = vec![(a, Some(InboxState { cursor: Seq(4), expired_to: Seq(7), ..state }))];
+    let inboxes = vec![(a, InboxState { cursor: Seq(4), expired_to: Seq(7), applied: Seq(11), ..state })];
     store.write(DeliveryWrite { drop_to: vec![(a, Seq(3)), (a, Seq(7))], inboxes, ..Default::default() }).await?;
     assert_eq!(seqs(&all(&*store, a).await?), [8, 9, 10]);
 
-    store.write(DeliveryWrite { inboxes: vec![(b, None)], ..Default::default() }).await?;
+    store.write(DeliveryWrite { remove_devices: vec![(b, Seq(12))], ..Default::default() }).await?;
     assert_eq!(all(&*store, b).await?, vec![]);
     assert_eq!(store.inboxes(vec![b]).await?, vec![None]);
     // A new device with the old number starts from nothing.
-    store.write(DeliveryWrite { put: vec![(b, envelope(1, 1, 1))], inboxes: vec![(b, Some(state))], ..Default::default() }).await?;
-    assert_eq!(seqs(&all(&*store, b).await?), [1]);
+    let young = InboxState { applied: Seq(13), ..state };
+    store.write(DeliveryWrite { put: vec![(b, envelope(13, 1, 1))], inboxes: vec![(b, young)], ..Default::default() }).await?;
+    assert_eq!(seqs(&all(&*store, b).await?), [13]);
 
     // An account goes before everything else of the same write.
-    let again = InboxState { cursor: Seq(20), ..state };
+    let young_mark = (mark(a, b).0, Mark { high: 2, seen: 1, applied: Seq(21) });
+    let again = InboxState { cursor: Seq(20), applied: Seq(21), ..state };
     store
         .write(DeliveryWrite {
-            remove_accounts: vec![a.account],
+            remove_accounts: vec![(a.account, Seq(20))],
             put: vec![(a, envelope(21, 1, 1))],
-            inboxes: vec![(a, Some(again))],
-            marks: vec![mark(a, b)],
+            inboxes: vec![(a, again)],
+            marks: vec![young_mark],
             ..Default::default()
         })
         .await?;
@@ -182,6 +185,43 @@ pub async fn delivery_removal(fixture: &dyn Fixture) -> Outcome {
     let marks: Vec<bool> = store.marks(keys).await?.iter().map(Option::is_some).collect();
     assert_eq!(marks, [false, true, true], "marks go with the recipient, not with the sender");
     assert_eq!(all(&*store, other).await?.len(), 9);
+    Ok(())
+}
+
+/// For stores that several projectors reach: what a projector writes that lost its partition without knowing changes nothing.
+pub async fn late_writes_lose(fixture: &dyn Fixture) -> Outcome {
+    let store = fixture.open().await.delivery;
+    let (a, b, gone) = (device(20, 1), device(20, 2), device(21, 1));
+    let key = MarkKey { recipient: a.account, sender: b };
+    let state = InboxState { cursor: Seq(5), applied: Seq(30), ..Default::default() };
+    let mark = Mark { high: 9, seen: 1, applied: Seq(30) };
+    store
+        .write(DeliveryWrite {
+            positions: vec![(Partition(9), Offset(31))],
+            put: vec![(a, envelope(6, 1, 1))],
+            drop_to: vec![(a, Seq(5))],
+            inboxes: vec![(a, state)],
+            marks: vec![(key, mark)],
+            remove_devices: vec![(b, Seq(29))],
+            remove_accounts: vec![(gone.account, Seq(30))],
+        })
+        .await?;
+    let old = InboxState { cursor: Seq(2), applied: Seq(20), ..Default::default() };
+    store
+        .write(DeliveryWrite {
+            positions: vec![(Partition(9), Offset(21))],
+            put: vec![(a, envelope(4, 1, 1)), (a, envelope(6, 1, 1)), (b, envelope(7, 1, 1)), (gone, envelope(8, 1, 1))],
+            drop_to: vec![(a, Seq(2))],
+            inboxes: vec![(a, old), (b, old), (gone, old)],
+            marks: vec![(key, Mark { high: 3, seen: 1, applied: Seq(20) })],
+            ..Default::default()
+        })
+        .await?;
+    assert_eq!(store.position(Partition(9)).await?, Offset(31), "a position never goes back");
+    assert_eq!(seqs(&all(&*store, a).await?), [6], "what was acknowledged does not come back");
+    assert_eq!((all(&*store, b).await?.len(), all(&*store, gone).await?.len()), (0, 0), "nor what was removed");
+    assert_eq!(store.inboxes(vec![a, b, gone]).await?, vec![Some(state), None, None]);
+    assert_eq!(store.marks(vec![key]).await?, vec![Some(mark)]);
     Ok(())
 }
 
@@ -237,6 +277,7 @@ pub fn account_record(number: u64, identities: &[&str]) -> AccountRecord {
         devices: vec![record],
         last_device: 1,
         blocked: vec![account(1), account(2)],
+        applied: Offset(5),
     }
 }
 

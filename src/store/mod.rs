@@ -94,6 +94,8 @@ pub struct InboxState {
     pub items: u64,
     /// Their cost in bytes.
     pub bytes: u64,
+    /// The last event that went into it: what is replayed up to there has had its effect already.
+    pub applied: Seq,
 }
 
 /// Names a dedupe mark.
@@ -112,10 +114,19 @@ pub struct Mark {
     pub high: u64,
     /// Bit `n`: the id `high - n` was seen. Its width is `limits::MESSAGE_ID_WINDOW`.
     pub seen: u128,
+    /// The last event that went into it, as in [`InboxState::applied`].
+    pub applied: Seq,
 }
 
-/// What one flush of a coalescing window changes; written atomically with the position it covers. Applied in this order:
-/// `remove_accounts`, `inboxes` that are `None`, `drop_to`, `put`, and the rest.
+/// What one flush of a coalescing window changes, with the positions that cover it. Applied in this order:
+/// `remove_accounts`, `remove_devices`, `put`, `inboxes`, `drop_to`, `marks`, `positions`. A drop takes no item that is put in the same
+/// write: those lie behind it.
+///
+/// A store that can't do all of it atomically does it in that order, positions last. What a crash in between leaves is harmless:
+/// items that are there early are put again, and inboxes and marks say themselves which events they hold (`applied`).
+/// Where several projectors reach one store, one that lost its partition without knowing may still write: so each row counts there as
+/// written at the log position that it carries (an item at its seq, a drop at its `to`, a removal at its own seq, an inbox or mark at `applied`, a position at itself), and
+/// of two writes of a row the one with the higher position stands, whenever they come. A drop beats a put at the same position.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct DeliveryWrite {
     /// New positions: the next record of `inbox` to apply for each partition.
@@ -124,12 +135,14 @@ pub struct DeliveryWrite {
     pub put: Vec<(DeviceAddr, PendingItem)>,
     /// Items to drop: all of the device up to and including the seq.
     pub drop_to: Vec<(DeviceAddr, Seq)>,
-    /// Inboxes as they are now; `None`: gone, with all its items.
-    pub inboxes: Vec<(DeviceAddr, Option<InboxState>)>,
+    /// Inboxes as they are now.
+    pub inboxes: Vec<(DeviceAddr, InboxState)>,
     /// Marks as they are now.
     pub marks: Vec<(MarkKey, Mark)>,
-    /// Accounts whose inboxes, items and marks (as recipient) go.
-    pub remove_accounts: Vec<AccountId>,
+    /// Accounts whose inboxes, items and marks (as recipient) go, and the event that says so.
+    pub remove_accounts: Vec<(AccountId, Seq)>,
+    /// Devices whose inbox and items go, and the event that says so.
+    pub remove_devices: Vec<(DeviceAddr, Seq)>,
 }
 
 impl DeliveryWrite {
@@ -145,8 +158,8 @@ pub trait DeliveryStore: Send + Sync + 'static {
     /// The next record of `inbox` to apply; 0 if none was.
     async fn position(&self, partition: Partition) -> Result<Offset, StoreError>;
 
-    /// Makes all of it visible at once, or nothing. Need not be on disk when it returns: the log is. What
-    /// is on disk after a crash is a prefix of the writes.
+    /// Makes all of it visible before it returns; after a failure or a crash, a part of it in the order that [`DeliveryWrite`] says.
+    /// Need not be on disk when it returns: the log is. What is on disk after a crash is a prefix of the writes.
     async fn write(&self, write: DeliveryWrite) -> Result<(), StoreError>;
 
     /// The inboxes that exist, in the order asked.
@@ -185,7 +198,8 @@ pub struct DeviceKeys {
     pub pq_last_resort: SignedKey,
 }
 
-/// What applying one directory command changes; atomic with the position.
+/// What applying directory commands changes. A store that can't do all of it atomically writes keys and links, then accounts (which say
+/// themselves which commands they hold), then the position. Rows count as written at the position, accounts at `applied`.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct DirectoryWrite {
     /// The next record of `directory` to apply.
@@ -206,7 +220,7 @@ pub struct DirectoryWrite {
 pub trait DirectoryStore: Send + Sync + 'static {
     /// The next record of `directory` to apply; 0 if none was.
     async fn directory_position(&self, partition: Partition) -> Result<Offset, StoreError>;
-    /// Makes all of it visible at once, or nothing.
+    /// Makes all of it visible before it returns; after a failure, a part of it in the order that [`DirectoryWrite`] says.
     async fn write_directory(&self, write: DirectoryWrite) -> Result<(), StoreError>;
     /// An account, deleted ones included.
     async fn account(&self, id: AccountId) -> Result<Option<AccountRecord>, StoreError>;

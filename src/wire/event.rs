@@ -8,7 +8,7 @@ use bincode::{BorrowDecode, Decode, Encode, config};
 use bytes::Bytes;
 
 use crate::clock::UnixMillis;
-use crate::ids::{AccountId, AttachId, ClientMessageId, DeviceAddr, DeviceId, EdgeId, Identity, RegistrationId, Seq};
+use crate::ids::{AccountId, AttachId, ClientMessageId, DeviceAddr, DeviceId, EdgeId, Identity, Offset, RegistrationId, Seq};
 use crate::limits;
 
 /// The version byte before every event; another one is refused, never guessed.
@@ -330,6 +330,8 @@ pub struct AccountRecord {
     pub last_device: u8,
     /// Accounts whose messages it refuses, sorted.
     pub blocked: Vec<AccountId>,
+    /// Commands before this position are in it: what is replayed of them has had its effect already.
+    pub applied: Offset,
 }
 
 /// A device as the directory knows it. Its prekeys are apart: few readers need them.

@@ -25,6 +25,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use parking_lot::Mutex;
 
+use crate::background;
 use crate::ids::Offset;
 use crate::limits;
 use crate::log::embedded::consumer::EmbeddedConsumer;
@@ -98,7 +99,8 @@ impl EmbeddedLog {
         };
         let writer = Writer::new(Arc::clone(&shared), active, commit, next);
         let (for_spare, for_keeper) = (Arc::clone(&shared), Arc::clone(&shared));
-        let spare = spawn("log-spare", Box::new(move || for_spare.spare.run(&for_spare.options, for_spare.log)))?;
+        let spare = background::spawn("log-spare", move || for_spare.spare.run(&for_spare.options, for_spare.log));
+        let spare = spare.map_err(OpenError::io("start a thread for", &dir))?;
         let keeper = spawn("log-keeper", Box::new(move || for_keeper.keep()))?;
         let writer = spawn("log", Box::new(move || writer.run()))?;
         Ok(Arc::new(Self { shared, threads: Mutex::new(Some(Threads { writer, spare, keeper, _lock: lock })) }))

@@ -1,6 +1,6 @@
 //! What is still undelivered.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::BTreeSet;
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -131,13 +131,11 @@ impl View {
 
     /// One batch, no sync: see the module's own words on the view's journal.
     fn write_delivery(&self, write: &DeliveryWrite) -> Result<(), StoreError> {
-        let gone_devices: HashSet<DeviceAddr> =
-            write.inboxes.iter().filter(|(_, state)| state.is_none()).map(|(device, _)| *device).collect();
         let mut gone = Removal { view: self, pending: BTreeSet::new(), inboxes: BTreeSet::new(), marks: BTreeSet::new() };
-        for account in &write.remove_accounts {
+        for (account, _) in &write.remove_accounts {
             gone.account(*account)?;
         }
-        for device in &gone_devices {
+        for (device, _) in &write.remove_devices {
             gone.device(*device)?;
         }
         for (device, to) in &write.drop_to {
@@ -146,7 +144,7 @@ impl View {
 
         let mut batch = self.db.batch();
         let mut value = Vec::new();
-        for (device, item) in write.put.iter().filter(|(device, _)| !gone_devices.contains(device)) {
+        for (device, item) in &write.put {
             let key = keyspace::pending(*device, item.seq);
             gone.pending.remove(&key);
             value.clear();
@@ -155,12 +153,8 @@ impl View {
         }
         for (device, state) in &write.inboxes {
             let key = keyspace::device(*device);
-            if let Some(state) = state {
-                gone.inboxes.remove(&key);
-                batch.insert(&self.inboxes, key, keyspace::encode(state));
-            } else {
-                gone.inboxes.insert(key);
-            }
+            gone.inboxes.remove(&key);
+            batch.insert(&self.inboxes, key, keyspace::encode(state));
         }
         for (key, mark) in &write.marks {
             let key = keyspace::mark(key);
@@ -194,6 +188,7 @@ impl Removal<'_> {
     }
 
     fn device(&mut self, device: DeviceAddr) -> Result<(), StoreError> {
+        self.inboxes.insert(keyspace::device(device));
         self.pending_rows(self.view.pending.prefix(keyspace::device(device)))
     }
 

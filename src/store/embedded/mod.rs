@@ -29,7 +29,7 @@ mod seal_file;
 pub use dump::{SectionDump, ViewDump};
 
 /// The version of the folder's layout.
-const FORMAT: &str = "sealpost store 1\n";
+const FORMAT: &str = "sealpost store 2\n";
 /// Present while the view is being cleared: a crash in between must not leave half a view with whole positions.
 const CLEARING: &str = "view.clearing";
 
