@@ -3,9 +3,9 @@
 use std::io;
 use std::thread::JoinHandle;
 
-/// Niceness of background threads: among busy threads each gets about a third of its share, and whoever wakes up with a message goes
+/// Niceness of background threads: among busy threads each gets about a tenth of its share, and whoever wakes up with a message goes
 /// first. Not more, since a message waits in the end for a background thread that gets nothing at all.
-const NICENESS: i32 = 5;
+const NICENESS: i32 = 10;
 
 /// Starts a thread that gives way to all others; threads that it starts do so too.
 pub fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {

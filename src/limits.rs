@@ -73,6 +73,8 @@ pub const LOG_CHUNK_BYTES: usize = 4 * 1024 * 1024;
 pub const LOG_TAIL_BYTES: usize = 64 * 1024 * 1024;
 /// Recent records that the log keeps in memory although every consumer has had them.
 pub const LOG_TAIL_KEPT_BYTES: usize = 2 * 1024 * 1024;
+/// What is aimed at for one record of the push topic, in bytes: large enough to share a request, small enough to stay live.
+pub const PUSH_RECORD_BYTES: usize = 128 * 1024;
 /// Bytes that a consumer of the log is given at once.
 pub const LOG_BATCH_BYTES: usize = 4 * 1024 * 1024;
 /// Partitions of one topic of the embedded log.

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use futures_util::future::BoxFuture;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -342,11 +343,13 @@ pub struct Rebuilt {
 /// Pushes to nobody: during a rebuild no edge runs.
 struct NoEdge;
 
+#[async_trait]
 impl PushBus for NoEdge {
-    fn push(&self, _: EdgeId, _: Vec<Push>) -> bool {
-        false
+    async fn push(&self, _: EdgeId, _: Vec<Push>) {}
+    async fn broadcast(&self, _: Vec<Push>) {}
+    fn settled(&self) -> BoxFuture<'static, Result<(), AppendError>> {
+        Box::pin(std::future::ready(Ok(())))
     }
-    fn broadcast(&self, _: Push) {}
 }
 
 /// Drops the view and makes it anew from the log. The broker of this folder must be stopped.

@@ -6,11 +6,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
+use async_trait::async_trait;
+use futures_util::future::BoxFuture;
 use parking_lot::Mutex;
 use tokio::sync::{Notify, watch};
 
 use crate::clock::Random;
-use crate::delivery::outbox::{Handle, TICK};
+use crate::delivery::outbox::{FeedItem, Handle, TICK};
 use crate::delivery::sending::Acceptor;
 use crate::directory::Directory;
 use crate::ids::{AttachId, DeviceAddr, EdgeId, Partition, Seq};
@@ -104,14 +106,18 @@ impl Hub {
 
     /// Registers a stream; the device's older one on this edge is told that it is over.
     pub fn open(&self, device: DeviceAddr) -> Arc<Handle> {
-        let mut attach = [0; 8];
-        self.random.fill(&mut attach);
-        let handle = Arc::new(Handle::new(device, AttachId(u64::from_le_bytes(attach)), self.tick()));
+        let handle = Arc::new(Handle::new(device, self.attach_id(), self.tick()));
         if let Some(older) = self.shard(&device).lock().insert(device, Arc::clone(&handle)) {
             older.close(CloseReason::Replaced);
         }
         metrics::observe_stream_opened();
         handle
+    }
+
+    fn attach_id(&self) -> AttachId {
+        let mut bytes = [0; 8];
+        self.random.fill(&mut bytes);
+        AttachId(u64::from_le_bytes(bytes))
     }
 
     /// Forgets a stream, acknowledges what it acknowledged, and tells the projector.
@@ -124,7 +130,7 @@ impl Hub {
         drop(sessions);
         metrics::observe_stream_closed(handle.closing());
         self.append_ack(handle);
-        self.submit(device, &InboxEvent::DeviceDetached { device, edge: self.edge, attach: handle.attach });
+        self.submit(device, &InboxEvent::DeviceDetached { device, edge: self.edge, attach: handle.attach() });
     }
 
     fn inbox(&self, device: &DeviceAddr) -> TopicPartition {
@@ -139,8 +145,14 @@ impl Hub {
     /// Asks for the switch from backlog to live. Durable when it returns, so the answer will come.
     pub async fn attach(&self, handle: &Handle) -> Result<(), AppendError> {
         let device = handle.device;
-        let event = InboxEvent::DeviceAttached { device, edge: self.edge, attach: handle.attach };
+        let event = InboxEvent::DeviceAttached { device, edge: self.edge, attach: handle.attach() };
         self.log.append(self.inbox(&device), event::encode(&event)).await.map(|_| ())
+    }
+
+    /// The same for a stream whose feed was cut. Under a new number: what is still on its way for the old one comes too late.
+    pub async fn attach_anew(&self, handle: &Handle) -> Result<(), AppendError> {
+        handle.renew(self.attach_id());
+        self.attach(handle).await
     }
 
     /// The device keeps everything up to `to`. Durable when it returns.
@@ -235,14 +247,14 @@ impl Hub {
     }
 
     fn with_session(&self, device: &DeviceAddr, attach: Option<AttachId>, act: impl FnOnce(&Arc<Handle>)) {
-        if let Some(handle) = self.shard(device).lock().get(device).filter(|handle| attach.is_none_or(|attach| attach == handle.attach)) {
+        if let Some(handle) = self.shard(device).lock().get(device).filter(|handle| attach.is_none_or(|attach| attach == handle.attach())) {
             act(handle);
         }
     }
 
     fn general(&self, push: Push) {
         match push {
-            Push::Item { .. } => unreachable!("items are taken in runs by `push`"),
+            Push::Item { .. } => unreachable!("items are taken in runs by `deliver`, and never broadcast"),
             Push::Attached { device, attach, at, inbox } => self.with_session(&device, Some(attach), |handle| handle.attached(at, inbox)),
             Push::Replaced { device, attach } => self.with_session(&device, Some(attach), |handle| handle.close(CloseReason::Replaced)),
             Push::Revoked { device } => self.with_session(&device, None, |handle| handle.close(CloseReason::Revoked)),
@@ -265,16 +277,32 @@ impl Hub {
     }
 }
 
+#[async_trait]
 impl PushBus for Hub {
-    fn push(&self, edge: EdgeId, batch: Vec<Push>) -> bool {
-        if edge != self.edge {
-            return false;
+    async fn push(&self, edge: EdgeId, batch: Vec<Push>) {
+        if edge == self.edge {
+            self.deliver(batch);
         }
+    }
+
+    async fn broadcast(&self, batch: Vec<Push>) {
+        batch.into_iter().for_each(|push| self.general(push));
+    }
+
+    fn settled(&self) -> BoxFuture<'static, Result<(), AppendError>> {
+        // What was pushed is in the sessions' queues: it can only be lost with the edge, and then its streams are over.
+        Box::pin(std::future::ready(Ok(())))
+    }
+}
+
+impl Hub {
+    /// What a projector pushed to this edge.
+    pub fn deliver(&self, batch: Vec<Push>) {
         let mut touched: Vec<Arc<Handle>> = Vec::new();
         for push in batch {
             match push {
-                Push::Item { device, attach, item } => self.with_session(&device, Some(attach), |handle| {
-                    if handle.push(item) {
+                Push::Item { device, attach, after, item } => self.with_session(&device, Some(attach), |handle| {
+                    if handle.push(FeedItem { after, item }) {
                         touched.push(Arc::clone(handle));
                     }
                 }),
@@ -284,11 +312,15 @@ impl PushBus for Hub {
         for handle in touched {
             handle.wake();
         }
-        true
     }
 
-    fn broadcast(&self, push: Push) {
-        self.general(push);
+    /// Pushes may have been lost on their way to this edge: every stream attaches anew.
+    pub fn cut_all(&self) {
+        for shard in &self.sessions {
+            for handle in shard.lock().values() {
+                handle.cut();
+            }
+        }
     }
 }
 

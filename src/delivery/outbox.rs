@@ -2,7 +2,7 @@
 //! Bounded: a stream that can't keep up loses its live feed here, and catches up from the store.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -25,8 +25,8 @@ pub const TICK: Duration = Duration::from_millis(limits::HEARTBEAT_TICK_MS);
 pub struct Handle {
     /// Whose stream it is.
     pub device: DeviceAddr,
-    /// Which attachment.
-    pub attach: AttachId,
+    /// Which attachment it is now.
+    attach: AtomicU64,
     out: Mutex<Outbox>,
     wake: Notify,
     room: Notify,
@@ -37,9 +37,18 @@ pub struct Handle {
     closed: AtomicU32,
 }
 
+/// A live item and its link to the one before it.
+#[derive(Debug)]
+pub struct FeedItem {
+    /// See [`crate::projector::push::Push::Item`].
+    pub after: Seq,
+    /// The item.
+    pub item: PendingItem,
+}
+
 #[derive(Debug, Default)]
 struct Outbox {
-    items: VecDeque<PendingItem>,
+    items: VecDeque<FeedItem>,
     bytes: usize,
     /// Items were dropped: only a new attachment makes the feed whole again.
     overflow: bool,
@@ -65,6 +74,28 @@ struct Outbox {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("acknowledges what was never sent")]
 pub struct NeverSent;
+
+impl Outbox {
+    fn cut(&mut self) {
+        self.items = VecDeque::new();
+        self.bytes = 0;
+        self.overflow = true;
+        metrics::observe_feed_cut();
+    }
+}
+
+/// What became of a stream's first attachment.
+#[derive(Debug)]
+pub enum First {
+    /// Nothing yet.
+    Wait,
+    /// The projector met it: the switch, and the inbox there.
+    Attached(Seq, InboxState),
+    /// The answer may be lost: attach anew.
+    Cut,
+    /// The stream ends.
+    Closed(CloseReason),
+}
 
 /// What a session takes out of its outbox in one go.
 #[derive(Debug, Default)]
@@ -123,7 +154,7 @@ impl Handle {
     pub fn new(device: DeviceAddr, attach: AttachId, tick: u32) -> Self {
         Self {
             device,
-            attach,
+            attach: AtomicU64::new(attach.0),
             out: Mutex::default(),
             wake: Notify::new(),
             room: Notify::new(),
@@ -132,6 +163,20 @@ impl Handle {
             moved: AtomicU32::new(tick),
             closed: AtomicU32::new(0),
         }
+    }
+
+    /// Which attachment it is now.
+    pub fn attach(&self) -> AttachId {
+        AttachId(self.attach.load(Ordering::Relaxed))
+    }
+
+    /// It is another attachment from here on; a cut that comes behind this is another cut.
+    pub fn renew(&self, attach: AttachId) {
+        let mut out = self.out.lock();
+        self.attach.store(attach.0, Ordering::Relaxed);
+        out.overflow = false;
+        out.items.clear();
+        out.bytes = 0;
     }
 
     /// Wakes the session.
@@ -154,21 +199,23 @@ impl Handle {
     }
 
     /// Queues a live item. True: the session has to be woken by the caller, once for a run of items.
-    pub fn push(&self, item: PendingItem) -> bool {
+    pub fn push(&self, item: FeedItem) -> bool {
         let mut out = self.out.lock();
         if out.overflow {
             return false;
         }
         if out.items.len() >= limits::SESSION_QUEUE_ITEMS || out.bytes >= limits::SESSION_QUEUE_BYTES {
-            out.items = VecDeque::new();
-            out.bytes = 0;
-            out.overflow = true;
-            metrics::observe_feed_cut();
+            out.cut();
         } else {
-            out.bytes += item.cost();
+            out.bytes += item.item.cost();
             out.items.push_back(item);
         }
         !std::mem::replace(&mut out.woken, true)
+    }
+
+    /// The live feed has a hole, or may have: the session attaches anew.
+    pub fn cut(&self) {
+        self.change(Outbox::cut);
     }
 
     /// Everything up to `at` is in the store; what comes from now on is live.
@@ -296,19 +343,20 @@ impl Handle {
     }
 
     /// The first switch from backlog to live, or the reason why there will be none; not before that anything else is taken.
-    pub fn take_first(&self) -> Option<Result<(Seq, InboxState), CloseReason>> {
+    pub fn take_first(&self) -> First {
         let mut out = self.out.lock();
         out.woken = false;
         match (out.closing, out.attached.take()) {
-            (Some(reason), _) => Some(Err(reason)),
-            (None, Some(attached)) => Some(Ok(attached)),
-            (None, None) => None,
+            (Some(reason), _) => First::Closed(reason),
+            (None, Some((at, inbox))) => First::Attached(at, inbox),
+            (None, None) if std::mem::take(&mut out.overflow) => First::Cut,
+            (None, None) => First::Wait,
         }
     }
 
     /// Everything that waits, but for items; those go to `items` if `want_items`. Settles the flow with what the client
     /// acknowledged.
-    pub fn take(&self, flow: &mut Flow, items: &mut VecDeque<PendingItem>, want_items: bool) -> Taken {
+    pub fn take(&self, flow: &mut Flow, items: &mut VecDeque<FeedItem>, want_items: bool) -> Taken {
         let mut out = self.out.lock();
         out.woken = false;
         flow.settle(out.acked);

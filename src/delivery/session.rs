@@ -14,7 +14,7 @@ use prost::Message as _;
 use crate::clock::Clock;
 use crate::delivery::frames::Batch;
 use crate::delivery::hub::Hub;
-use crate::delivery::outbox::{Flow, Handle, NeverSent};
+use crate::delivery::outbox::{FeedItem, First, Flow, Handle, NeverSent};
 use crate::delivery::sending;
 use crate::directory::AccountView;
 use crate::ids::{DeviceAddr, Seq};
@@ -157,7 +157,7 @@ pub struct Writer<'a> {
     clock: &'a dyn Clock,
     view: Option<Arc<AccountView>>,
     phase: Phase,
-    local: VecDeque<PendingItem>,
+    local: VecDeque<FeedItem>,
     flow: Flow,
     /// The highest seq that was sent, or acknowledged before.
     last: Seq,
@@ -198,9 +198,10 @@ impl Writer<'_> {
             if let Some((at, inbox)) = taken.attached {
                 self.begin(at, inbox);
             }
-            if taken.overflow && self.phase == Phase::Live && self.local.is_empty() {
+            // A cut that comes while it catches up waits for its turn: the outbox takes nothing meanwhile.
+            if taken.overflow && matches!(self.phase, Phase::Live | Phase::Attaching) && self.local.is_empty() {
                 self.phase = Phase::Attaching;
-                if hub.attach(handle).await.is_err() {
+                if hub.attach_anew(handle).await.is_err() {
                     return self.close(CloseReason::ServerFault);
                 }
             }
@@ -243,10 +244,12 @@ impl Writer<'_> {
         hub.attach(handle).await.map_err(|_| CloseReason::ServerFault)?;
         let wait = async {
             loop {
-                if let Some(first) = handle.take_first() {
-                    return first;
+                match handle.take_first() {
+                    First::Attached(at, inbox) => return Ok((at, inbox)),
+                    First::Closed(reason) => return Err(reason),
+                    First::Cut => hub.attach_anew(handle).await.map_err(|_| CloseReason::ServerFault)?,
+                    First::Wait => handle.woken().await,
                 }
-                handle.woken().await;
             }
         };
         let (at, inbox) =
@@ -287,7 +290,13 @@ impl Writer<'_> {
         }
         if self.phase == Phase::Live {
             while self.batch.len() < limits::SERVER_FRAME_TARGET_BYTES && !self.flow.is_stalled() {
-                let Some(item) = self.local.pop_front() else { break };
+                let Some(FeedItem { after, item }) = self.local.pop_front() else { break };
+                if after > self.last {
+                    // The one before it never came. What is queued lies behind the hole as well.
+                    self.local.clear();
+                    self.session.handle.cut();
+                    break;
+                }
                 self.item(&item);
             }
             if self.local.is_empty() && self.local.capacity() > 64 {
@@ -306,7 +315,9 @@ impl Writer<'_> {
                     tracing::error!(%error, "a backlog could not be read");
                     CloseReason::ServerFault
                 })?
-                .into();
+                .into_iter()
+                .map(|item| FeedItem { after: Seq::ZERO, item })
+                .collect();
             if self.local.is_empty() {
                 self.last = self.last.max(to);
                 self.batch.frame(Frame::QueueEmpty(stream::QueueEmpty { seq: self.last.0 }));
@@ -317,7 +328,7 @@ impl Writer<'_> {
             }
         }
         while self.batch.len() < limits::SERVER_FRAME_TARGET_BYTES && !self.flow.is_stalled() {
-            let Some(item) = self.local.pop_front() else { break };
+            let Some(FeedItem { item, .. }) = self.local.pop_front() else { break };
             self.item(&item);
         }
         Ok(())

@@ -26,10 +26,12 @@ pub enum Topic {
     Directory,
     /// One record a life-cycle step, for analysts. Reserved.
     Metadata,
+    /// What projectors tell edges in other processes; kept for minutes. Only on a cluster.
+    Push,
 }
 
 impl Topic {
-    /// All of them, in the order of their numbers.
+    /// Those that are kept, in the order of their numbers: what an embedded log holds.
     pub const ALL: [Self; 4] = [Self::Inbox, Self::Groups, Self::Directory, Self::Metadata];
 
     /// Its name on every profile.
@@ -39,6 +41,7 @@ impl Topic {
             Self::Groups => "groups",
             Self::Directory => "directory",
             Self::Metadata => "metadata",
+            Self::Push => "push",
         }
     }
 }
@@ -203,6 +206,14 @@ pub trait Consumer: Send {
 
     /// The group's committed position, if there is one.
     async fn committed(&self, of: TopicPartition) -> Result<Option<Offset>, ReadError>;
+}
+
+/// Reads partitions from where they end when it is asked, outside of any group.
+#[async_trait]
+pub trait Follow: Send + Sync + 'static {
+    /// A consumer of these partitions: it gives records only, and is never asked to seek or commit. [`ReadError::Gone`]: it was away for longer
+    /// than records are kept; what comes from a new one has a hole before it.
+    async fn follow(&self, of: &[TopicPartition]) -> Result<Box<dyn Consumer>, ReadError>;
 }
 
 struct OneShot(parking_lot::Mutex<Option<tokio::sync::oneshot::Sender<Result<Offset, AppendError>>>>);

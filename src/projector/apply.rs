@@ -285,13 +285,14 @@ impl Projection {
             return;
         }
         if let Some((edge, attach)) = inbox.state.attached {
-            self.pushes.push((edge, Push::Item { device, attach, item: item.clone() }));
+            self.pushes.push((edge, Push::Item { device, attach, after: inbox.state.last, item: item.clone() }));
         } else if !ephemeral && inbox.fresh.is_empty() {
             self.waiting.push(device);
         }
         if ephemeral {
             return;
         }
+        inbox.state.last = item.seq;
         inbox.state.applied = item.seq;
         if !inbox.listed {
             inbox.listed = true;

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use futures_util::future::BoxFuture;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
@@ -24,6 +25,8 @@ pub struct Job {
     pub write: DeliveryWrite,
     /// Appends that must be durable before the write: receipts stand before the position that covers their cause.
     pub after: Vec<JoinHandle<Result<(), AppendError>>>,
+    /// Pushes that must be safe before the write, likewise.
+    pub pushed: Option<BoxFuture<'static, Result<(), AppendError>>>,
     /// Polls of these devices are woken once their items can be read.
     pub waiting: Vec<DeviceAddr>,
     /// Once written, everything before these positions is done.
@@ -129,10 +132,13 @@ impl Behind {
 
 async fn run(store: Arc<dyn DeliveryStore>, bus: Arc<dyn PushBus>, mut jobs: mpsc::Receiver<Job>, done: watch::Sender<Done>) {
     while let Some(job) = jobs.recv().await {
-        let Job { write, after, waiting, positions } = job;
+        let Job { write, after, pushed, waiting, positions } = job;
         let outcome = async {
             for append in after {
                 append.await.unwrap_or(Err(AppendError::Closed)).map_err(Failure::Append)?;
+            }
+            if let Some(pushed) = pushed {
+                pushed.await.map_err(Failure::Append)?;
             }
             let (items, started) = (write.put.len() as u64, Instant::now());
             retry(|| store.write(write.clone())).await.map_err(Failure::Store)?;
@@ -140,10 +146,8 @@ async fn run(store: Arc<dyn DeliveryStore>, bus: Arc<dyn PushBus>, mut jobs: mps
             Ok(())
         };
         let failed = outcome.await.err();
-        if failed.is_none() {
-            for device in waiting {
-                bus.broadcast(Push::Waiting { device });
-            }
+        if failed.is_none() && !waiting.is_empty() {
+            bus.broadcast(waiting.into_iter().map(|device| Push::Waiting { device }).collect()).await;
         }
         let stop = failed.is_some();
         done.send_modify(|done| {

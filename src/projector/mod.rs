@@ -6,4 +6,5 @@ pub mod directory;
 #[cfg(test)]
 mod model;
 pub mod push;
+pub mod push_topic;
 pub mod worker;

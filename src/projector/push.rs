@@ -1,7 +1,16 @@
 //! What a projector tells an edge. On the embedded profile both are one process and this is a call; on the
-//! cluster it is the `push` topic.
+//! cluster it is the `push` topic (`push_topic`).
+//!
+//! Nothing is lost if a push is lost, or comes twice, or from two projectors: each live item names the one before it
+//! ([`Push::Item::after`]), and a stream that does not have that one attaches anew and catches up from the store. An attachment has a
+//! number of its own each time, so that what was on its way for an earlier one is not taken for this one's. And a projector stores no
+//! position before the pushes that it covers are safe ([`PushBus::settled`]), so that a lost last item comes again.
+
+use async_trait::async_trait;
+use futures_util::future::BoxFuture;
 
 use crate::ids::{AccountId, AttachId, DeviceAddr, EdgeId, Seq};
+use crate::log::AppendError;
 use crate::store::{InboxState, PendingItem};
 use crate::wire::event::RequestId;
 
@@ -14,6 +23,8 @@ pub enum Push {
         device: DeviceAddr,
         /// Its attachment.
         attach: AttachId,
+        /// The seq of the item before it in this inbox, or anything below the attachment's switch.
+        after: Seq,
         /// The item.
         item: PendingItem,
     },
@@ -68,7 +79,7 @@ pub enum Push {
 }
 
 /// What became of a directory command.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, bincode::Encode, bincode::Decode)]
 pub enum Verdict {
     /// Applied and visible in the store; with the device it made or changed, if any.
     Done(Option<DeviceAddr>),
@@ -82,10 +93,14 @@ pub enum Verdict {
     LimitReached,
 }
 
-/// Carries pushes to edges. Never blocks; an edge that can't take more loses its live feed and catches up.
+/// Carries pushes to edges, in order for each edge. A socket that can't take more loses its live feed and catches up; the bus itself
+/// may make the projector wait while it is full, and never drops.
+#[async_trait]
 pub trait PushBus: Send + Sync + 'static {
-    /// To one edge, in order. False: there is no such edge any more, its attachments are over.
-    fn push(&self, edge: EdgeId, batch: Vec<Push>) -> bool;
+    /// To one edge. If there is no such edge any more its attachments are over, which the next attachment of each device says.
+    async fn push(&self, edge: EdgeId, batch: Vec<Push>);
     /// To all edges.
-    fn broadcast(&self, push: Push);
+    async fn broadcast(&self, batch: Vec<Push>);
+    /// Ends when everything pushed so far can't be lost any more with this projector; an error if some of it was lost.
+    fn settled(&self) -> BoxFuture<'static, Result<(), AppendError>>;
 }

@@ -4,7 +4,7 @@
 //! same write, and inboxes and marks are written only together with the position that they stand at. Items alone may be written earlier;
 //! applying their event again puts the same row.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -238,7 +238,7 @@ impl Worker {
                     }
                 }
                 self.moved = true;
-                self.send_pushes();
+                self.send_pushes().await;
                 self.arm();
                 metrics::observe_applied(records);
                 self.progress.send_modify(|progress| progress.applied += records);
@@ -369,9 +369,9 @@ impl Worker {
         Ok(())
     }
 
-    fn send_pushes(&mut self) {
-        for push in self.projection.broadcasts.drain(..) {
-            self.parts.bus.broadcast(push);
+    async fn send_pushes(&mut self) {
+        if !self.projection.broadcasts.is_empty() {
+            self.parts.bus.broadcast(std::mem::take(&mut self.projection.broadcasts)).await;
         }
         if self.projection.pushes.is_empty() {
             return;
@@ -381,7 +381,7 @@ impl Worker {
             by_edge.entry(edge).or_default().push(push);
         }
         for (edge, batch) in by_edge {
-            self.parts.bus.push(edge, batch);
+            self.parts.bus.push(edge, batch).await;
         }
     }
 
@@ -426,12 +426,14 @@ impl Worker {
         self.send_receipts();
         let mut write = DeliveryWrite::default();
         self.projection.flush(&mut write);
-        self.send_pushes();
+        self.send_pushes().await;
         if std::mem::take(&mut self.moved) {
             let positions: Vec<_> = self.owned.iter().map(|(tp, owned)| (*tp, owned.next)).collect();
             write.positions = positions.iter().filter(|(tp, _)| tp.topic == Topic::Inbox).map(|(tp, next)| (tp.partition, *next)).collect();
-            let after = std::mem::take(&mut self.receipts);
-            self.behind.queue(Job { write, after, positions, ..Job::default() }).await?;
+            let (after, pushed) = (std::mem::take(&mut self.receipts), Some(self.parts.bus.settled()));
+            // Whoever did not acknowledge in time may have no stream any more: its polls look.
+            let waiting = write.put.iter().map(|(device, _)| *device).collect::<HashSet<_>>().into_iter().collect();
+            self.behind.queue(Job { write, after, pushed, waiting, positions }).await?;
             if self.projection.trim() {
                 self.behind.forgot();
             }

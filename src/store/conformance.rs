@@ -99,7 +99,7 @@ pub async fn delivery(fixture: &dyn Fixture) -> Outcome {
     let (a, b) = (device(1, 1), device(1, 2));
     let key = MarkKey { recipient: a.account, sender: b };
     let attached = Some((EdgeId::from_bytes([9; 16]), AttachId(4)));
-    let state = InboxState { cursor: Seq(3), expired_to: Seq(2), attached, items: 4, bytes: 5, applied: Seq(1 << 50) };
+    let state = InboxState { cursor: Seq(3), expired_to: Seq(2), attached, items: 4, bytes: 5, last: Seq(1 << 50), applied: Seq(1 << 50) };
     let mark = Mark { high: 300, seen: u128::MAX - 5, applied: Seq(300) };
     let items = vec![envelope(4, 10, 100), receipt(5), envelope(300, 11, 0), envelope(1 << 50, 12, 3000)];
     {

@@ -283,8 +283,8 @@ mod tests {
         assert_eq!(one_time(addr(1, 5), KeyKind::Pq, 0x01020304)[16..], [5, 1, 1, 2, 3, 4]);
         assert_eq!(encode_offset(Offset(258)), [1, 2, 1, 0, 0, 0, 0, 0, 0]);
         assert_eq!(encode(&Mark { high: 3, seen: 5, applied: Seq(6) }), [1, 3, 5, 6]);
-        let state = InboxState { cursor: Seq(1), expired_to: Seq(2), attached: None, items: 3, bytes: 4, applied: Seq(5) };
-        assert_eq!(encode(&state), [1, 1, 2, 0, 3, 4, 5]);
+        let state = InboxState { cursor: Seq(1), expired_to: Seq(2), attached: None, items: 3, bytes: 4, last: Seq(6), applied: Seq(5) };
+        assert_eq!(encode(&state), [1, 1, 2, 0, 3, 4, 6, 5]);
         let id: Identity = "a@r".parse().expect("valid");
         assert_eq!(link(&id, AccountId::from_bytes([4; 16]))[..4], *b"a@r\0");
     }

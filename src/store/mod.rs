@@ -94,6 +94,9 @@ pub struct InboxState {
     pub items: u64,
     /// Their cost in bytes.
     pub bytes: u64,
+    /// The last item that was put into it, whatever became of it since: the link that the next live item carries, so that a stream
+    /// sees by itself whether one between them got lost.
+    pub last: Seq,
     /// The last event that went into it: what is replayed up to there has had its effect already.
     pub applied: Seq,
 }

@@ -147,6 +147,8 @@ pub const fn topic_number(topic: Topic) -> u8 {
         Topic::Groups => 1,
         Topic::Directory => 2,
         Topic::Metadata => 3,
+        // Never on disk.
+        Topic::Push => 255,
     }
 }
 

@@ -37,6 +37,8 @@ impl PartitionCounts {
             Topic::Groups => self.groups,
             Topic::Directory => self.directory,
             Topic::Metadata => self.metadata,
+            // One process needs none.
+            Topic::Push => 0,
         }
     }
 

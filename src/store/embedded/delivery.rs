@@ -23,8 +23,7 @@ impl DeliveryStore for EmbeddedStore {
     }
 
     async fn write(&self, write: DeliveryWrite) -> Result<(), StoreError> {
-        let view = self.view();
-        blocking(move || view.write_delivery(&write)).await
+        self.writer.write(write).await
     }
 
     async fn inboxes(&self, devices: Vec<DeviceAddr>) -> Result<Vec<Option<InboxState>>, StoreError> {
@@ -130,7 +129,7 @@ impl View {
     }
 
     /// One batch, no sync: see the module's own words on the view's journal.
-    fn write_delivery(&self, write: &DeliveryWrite) -> Result<(), StoreError> {
+    pub(super) fn write_delivery(&self, write: &DeliveryWrite) -> Result<(), StoreError> {
         let mut gone = Removal { view: self, pending: BTreeSet::new(), inboxes: BTreeSet::new(), marks: BTreeSet::new() };
         for (account, _) in &write.remove_accounts {
             gone.account(*account)?;

@@ -25,6 +25,7 @@ mod directory;
 mod dump;
 mod keys;
 mod seal_file;
+mod view_thread;
 
 pub use dump::{SectionDump, ViewDump};
 
@@ -101,7 +102,8 @@ pub enum OpenError {
 pub struct EmbeddedStore {
     dir: PathBuf,
     view_db: Database,
-    view: RwLock<Arc<View>>,
+    view: Arc<RwLock<Arc<View>>>,
+    writer: view_thread::ViewThread,
     options: Options,
     keys: keys::KeyThread,
     seals: seal_file::SealFile,
@@ -196,7 +198,9 @@ impl EmbeddedStore {
         })?;
         let seals = seal_file::SealFile::open(&dir.join("seal.keys"))?;
         write_format(dir).map_err(io)?;
-        Ok(Arc::new(Self { dir: dir.to_owned(), view_db, view: RwLock::new(Arc::new(view)), options, keys, seals }))
+        let view = Arc::new(RwLock::new(Arc::new(view)));
+        let writer = view_thread::ViewThread::start(Arc::clone(&view)).map_err(io)?;
+        Ok(Arc::new(Self { dir: dir.to_owned(), view_db, view, writer, options, keys, seals }))
     }
 
     /// Empties the view, so that the log can be replayed into it from its start; the state stays. Nothing else may use the view
