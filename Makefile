@@ -43,9 +43,15 @@ features: tools
 wasm: tools wasm-target
 	$(CARGO) check --target wasm32-unknown-unknown --no-default-features --features client-core
 
+# The advisories come from a Git repository. Where it can't be reached, that is said, and the rest is checked.
 deny:
-	@if $(CARGO) deny --version >/dev/null 2>&1; then $(CARGO) deny check; \
-	else echo "skipped: licences and advisories (deny.toml), since cargo-deny is not installed: cargo install cargo-deny"; fi
+	@if ! $(CARGO) deny --version >/dev/null 2>&1; then \
+		echo "skipped: licences, sources and advisories (deny.toml), since cargo-deny is not installed: cargo install --locked cargo-deny"; \
+	elif $(CARGO) deny fetch db >/dev/null 2>&1; then $(CARGO) deny check; \
+	else \
+		echo "NOT checked: advisories, since their database can't be reached; licences, bans and sources are"; \
+		$(CARGO) deny check licenses bans sources; \
+	fi
 
 bench: tools
 	$(CARGO) bench --all-features
