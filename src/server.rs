@@ -2,7 +2,6 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::num::NonZeroU32;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -134,7 +133,7 @@ impl Broker {
             store.clone(),
             Arc::clone(&clock),
             Arc::clone(&random),
-            NonZeroU32::new(rates.messages_per_device_per_s),
+            rates.messages_per_device_per_s,
         ));
         let hub =
             Arc::new(Hub::new(edge, Arc::clone(&log), store.clone(), Arc::clone(&directory), Arc::clone(&acceptor), Arc::clone(&random)));
