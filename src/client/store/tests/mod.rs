@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use bytes::Bytes;
 
 use super::*;
-use crate::client::core::api::{B64, PeerDevice, Registered};
+use crate::client::core::api::{PeerDevice, Registered};
 use crate::client::core::content::{self, Kind, MessageId, proto};
 use crate::client::core::repair::Answer;
 use crate::client::core::signal::Bundle;
@@ -51,7 +51,7 @@ impl Device {
         // Tests run many commits; that they reach the disk is not what they test.
         connection.execute_batch("PRAGMA synchronous = OFF").expect("a pragma");
         let db = Db { connection, clock: Arc::new(clock.clone()), random: Arc::new(SystemRandom), changed: Cell::default() };
-        let keys = db.begin_registration().expect("keys");
+        let keys = db.begin_registration("http://127.0.0.1").expect("keys");
         let identity = format!("user{}@local", address.account.as_bytes()[0]).parse().expect("valid");
         let registered = Registered {
             account_id: address.account,
@@ -64,7 +64,7 @@ impl Device {
     }
 
     fn peer(&self) -> PeerDevice {
-        let identity_key = B64(self.keys.identity_key.clone());
+        let identity_key = self.keys.identity_key.clone();
         PeerDevice { device_id: self.address.device, registration_id: self.keys.registration_id, identity_key }
     }
 
@@ -74,7 +74,7 @@ impl Device {
         Bundle {
             device: self.address.device,
             registration_id: self.keys.registration_id,
-            identity_key: self.keys.identity_key.clone(),
+            identity_key: self.keys.identity_key.0.clone(),
             signed_prekey: parts(upload.signed_prekey.as_ref().expect("made")),
             kyber_prekey: parts(&upload.pq_one_time_prekeys.pop().expect("enough")),
             one_time_prekey: upload.one_time_prekeys.pop().map(|key| (key.id, key.public_key.0)),
