@@ -197,6 +197,9 @@ pub struct Registered {
     /// The secret every further request carries.
     #[serde(deserialize_with = "secret")]
     pub credential: Zeroizing<String>,
+    /// Where its client message ids begin. A server that does not say reuses no device numbers.
+    #[serde(default)]
+    pub first_message_id: u64,
     /// The account's identities.
     pub identities: Vec<Identity>,
 }
@@ -519,8 +522,8 @@ mod tests {
         let (credential_secret, identity_key) = (vec![0; 3].into(), vec![1].into());
         let body = RegisterDevice { tokens, name, registration_id, credential_secret, identity_key, keys };
         let value = serde_json::to_value(&body).expect("json");
+        assert_eq!(value["credential_secret"], "AAAA");
         assert_eq!(value["one_time_prekeys"][0]["public_key"], "BQ==");
         assert_eq!(value["registration_id"], 7);
     }
-        assert_eq!(value["credential_secret"], "AAAA");
 }

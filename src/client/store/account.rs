@@ -35,6 +35,11 @@ pub(in crate::client) struct OwnKeys {
     pub upload: UploadKeys,
 }
 
+/// Where that is kept.
+const REGISTRATION: &str = "registration";
+/// Where it is kept with which client message id this device begins.
+pub(super) const FIRST_MESSAGE_ID: &str = "first_message_id";
+
 /// Accepted messages are kept for receipts as long as receipts may come.
 const OUTGOING_KEPT_MS: u64 = limits::ENVELOPE_TTL_MS + 24 * 3600 * 1000;
 /// Ids of messages are remembered as long as a copy may be under way: the server keeps it 30 days, its sender may send it again.
@@ -83,6 +88,8 @@ impl Db {
         })?;
         sql::set_meta(&self.connection, "server", server.as_bytes())?;
         sql::set_meta(&self.connection, "credential", registered.credential.as_bytes())?;
+        sql::set_meta_number(&self.connection, FIRST_MESSAGE_ID, registered.first_message_id)?;
+        sql::remove_meta(&self.connection, REGISTRATION)?;
         self.contact(address.account)?;
         self.set_own_identities(&registered.identities)?;
         self.keys_rotated()

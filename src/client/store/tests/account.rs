@@ -24,6 +24,32 @@ fn keys_rotate_refill_and_retire() {
 }
 
 #[test]
+fn a_registration_without_an_answer_is_said_again_as_it_was_but_not_to_another_server() {
+    let (dir, clock) = (tempfile::tempdir().expect("a folder"), ManualClock::new(START));
+    let connection = crate::client::store::open(&dir.path().join("a.db")).expect("a new file");
+    let db = Db { connection, clock: Arc::new(clock.clone()), random: Arc::new(SystemRandom), changed: Cell::default() };
+    let first = db.begin_registration("https://one.example").expect("keys");
+    assert!(db.begin_registration("https://one.example").expect("keys") == first);
+    let other = db.begin_registration("https://two.example").expect("keys");
+    assert!(other.credential_secret != first.credential_secret && other.identity_key != first.identity_key);
+    assert!(other.upload.one_time_prekeys[0] != first.upload.one_time_prekeys[0]);
+    let registered = Registered {
+        account_id: account(1),
+        device_id: number(1),
+        credential: "sp1_test".to_owned().into(),
+        first_message_id: 1,
+        identities: Vec::new(),
+    };
+    db.finish_registration("https://two.example", &registered).expect("registered");
+    assert!(matches!(db.begin_registration("https://two.example"), Err(Error::HasAccount)));
+    let kept: i64 = db
+        .connection
+        .query_row("SELECT count(*) FROM meta WHERE instr(value, ?1) > 0", ["credential_secret"], |row| row.get(0))
+        .expect("count");
+    assert_eq!(kept, 0, "nothing of it stays");
+}
+
+#[test]
 fn the_file_is_private_locked_and_versioned() {
     let dir = tempfile::tempdir().expect("a folder");
     let path = dir.path().join("a.db");

@@ -57,6 +57,7 @@ impl Device {
             account_id: address.account,
             device_id: address.device,
             credential: "sp1_test".to_owned().into(),
+            first_message_id: clock.now().0,
             identities: vec![identity],
         };
         db.finish_registration("http://127.0.0.1", &registered).expect("registered");

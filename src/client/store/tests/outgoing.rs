@@ -28,6 +28,8 @@ fn a_device_that_is_gone_is_dropped_and_a_new_installation_gets_a_new_session() 
     let bob = account(2);
     world.devices[ALICE].text(bob, "first");
     world.settle();
+    world.devices[BOB].text(account(1), "the old one");
+    world.settle();
     world.devices.remove(2);
     let address = world.devices[BOB].address;
     world.devices[BOB] = Device::new(world.dir.path(), &world.clock, address);
@@ -38,6 +40,10 @@ fn a_device_that_is_gone_is_dropped_and_a_new_installation_gets_a_new_session() 
     assert_eq!(world.devices[BOB].texts(account(1)), ["second", "third", "fourth"]);
     let changed = Event::IdentityChanged { account: bob, device: number(1), was_verified: false };
     assert_eq!(world.devices[ALICE].events().into_iter().filter(|event| *event == changed).count(), 1, "told once");
+    // Nor are its messages taken for those of the one before.
+    world.devices[BOB].text(account(1), "the new one");
+    world.settle();
+    assert_eq!(world.devices[ALICE].texts(bob).last().map(String::as_str), Some("the new one"));
 }
 
 #[test]
