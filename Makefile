@@ -12,7 +12,7 @@ help:
 	@echo "make test        everything that CI runs: format, lints, tests, documentation, wasm32, licences"
 	@echo "make bench       log append, apply, bundle fetch, edge round trip, backlog drain"
 	@echo "make kill-audit  200 random kill -9 of a broker under load, every accepted id audited"
-	@echo "make fuzz        every fuzz target for $(FUZZ_SECONDS) s each (nightly Rust)"
+	@echo "make fuzz        every fuzz target for $(FUZZ_SECONDS) s each"
 
 demo: build
 	@target/release/sealpost demo
@@ -43,9 +43,15 @@ features: tools
 wasm: tools wasm-target
 	$(CARGO) check --target wasm32-unknown-unknown --no-default-features --features client-core
 
+# The advisories come from a Git repository. Where it can't be reached, that is said, and the rest is checked.
 deny:
-	@if $(CARGO) deny --version >/dev/null 2>&1; then $(CARGO) deny check; \
-	else echo "skipped: licences and advisories (deny.toml), since cargo-deny is not installed: cargo install cargo-deny"; fi
+	@if ! $(CARGO) deny --version >/dev/null 2>&1; then \
+		echo "skipped: licences, sources and advisories (deny.toml), since cargo-deny is not installed: cargo install --locked cargo-deny"; \
+	elif $(CARGO) deny fetch db >/dev/null 2>&1; then $(CARGO) deny check; \
+	else \
+		echo "NOT checked: advisories, since their database can't be reached; licences, bans and sources are"; \
+		$(CARGO) deny check licenses bans sources; \
+	fi
 
 bench: tools
 	$(CARGO) bench --all-features
@@ -53,12 +59,12 @@ bench: tools
 kill-audit: tools
 	SEALPOST_TEST_KILL_ROUNDS=200 $(CARGO) test --release --all-features --test kill_audit -- --nocapture
 
+# cargo-fuzz needs the compiler's unstable sanitizer flags. RUSTC_BOOTSTRAP allows them to the stable one, so that nobody needs nightly.
 fuzz: tools
-	@rustup toolchain list 2>/dev/null | grep -q nightly || { echo "installing nightly Rust, which cargo-fuzz needs"; rustup toolchain install nightly --profile minimal; }
 	@$(CARGO) fuzz --version >/dev/null 2>&1 || { echo "installing cargo-fuzz"; $(CARGO) install --locked cargo-fuzz; }
-	@set -e; for target in $$($(CARGO) +nightly fuzz list); do \
+	@set -e; export RUSTC_BOOTSTRAP=1; for target in $$($(CARGO) fuzz list); do \
 		echo "fuzzing $$target for $(FUZZ_SECONDS) s"; \
-		$(CARGO) +nightly fuzz run $$target -- -max_total_time=$(FUZZ_SECONDS) -rss_limit_mb=4096; \
+		$(CARGO) fuzz run $$target -- -max_total_time=$(FUZZ_SECONDS) -rss_limit_mb=4096; \
 	done
 
 # protoc (libsignal's build and ours) and a C compiler (ring, SQLite, mimalloc).

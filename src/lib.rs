@@ -53,5 +53,5 @@ pub mod rate;
 pub mod server;
 #[cfg(feature = "server")]
 pub mod store;
-#[cfg(feature = "test-util")]
+#[cfg(all(feature = "test-util", feature = "cli"))]
 pub mod testing;

@@ -43,6 +43,13 @@ impl<K: Hash + Eq + Clone> Keyed<K> {
         }))
     }
 
+    /// Forgets keys that are idle before there are too many; called now and then.
+    pub fn tidy(&self) {
+        if let Some(inner) = &self.0 {
+            inner.limiter.read().clone().retain_recent();
+        }
+    }
+
     /// Takes one, or says in how many milliseconds one is free.
     pub fn check(&self, key: &K) -> Result<(), u32> {
         self.check_n(key, NonZeroU32::MIN)
@@ -127,6 +134,28 @@ mod tests {
         }
         let held = limit.0.as_ref().map_or(0, |inner| inner.limiter.read().len());
         assert!(held <= 100 + LOOK_EVERY as usize, "{held}");
+    }
+
+    #[test]
+    fn one_key_past_the_cap_makes_room_and_none_at_the_cap() {
+        let limit = Keyed::with_cap(1, Duration::from_secs(60), 1, 100);
+        let inner = limit.0.as_ref().expect("limited");
+        assert!((0..100).all(|key| limit.check(&key).is_ok()));
+        inner.bound();
+        assert!((0..100).all(|key| limit.check(&key).is_err()), "all of them are remembered");
+        assert_eq!(limit.check(&100), Ok(()));
+        inner.bound();
+        assert_eq!(inner.limiter.read().len(), 0);
+        assert_eq!(limit.check(&0), Ok(()), "forgiven once");
+    }
+
+    #[test]
+    fn idle_keys_are_forgotten_without_waiting_for_the_cap() {
+        let limit = Keyed::new(1_000_000, Duration::from_secs(1), 1);
+        assert!((0..100).all(|key| limit.check(&key).is_ok()));
+        std::thread::sleep(Duration::from_millis(5));
+        limit.tidy();
+        assert_eq!(limit.0.as_ref().map(|inner| inner.limiter.read().len()), Some(0));
     }
 
     #[test]

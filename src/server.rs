@@ -2,7 +2,6 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::num::NonZeroU32;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -105,9 +104,13 @@ fn dev_realm(config: &Config, random: &dyn Random) -> Result<Option<DevRealm>, S
 impl Broker {
     /// Starts all roles and returns once the broker serves: the projector has caught up, the socket is open.
     pub async fn start(config: Config) -> Result<Self, ServerError> {
+        Self::start_by(config, Arc::new(SystemClock)).await
+    }
+
+    /// The same by another clock, for tests in which a month goes by.
+    pub async fn start_by(config: Config, clock: Arc<dyn Clock>) -> Result<Self, ServerError> {
         config.validate()?;
         let config = Arc::new(config);
-        let clock: Arc<dyn Clock> = Arc::new(SystemClock);
         let random: Arc<dyn Random> = Arc::new(SystemRandom);
         let exporter = metrics::install();
         let opening = Arc::clone(&config);
@@ -135,7 +138,7 @@ impl Broker {
             store.clone(),
             Arc::clone(&clock),
             Arc::clone(&random),
-            NonZeroU32::new(rates.messages_per_device_per_s),
+            rates.messages_per_device_per_s,
         ));
         let hub =
             Arc::new(Hub::new(edge, Arc::clone(&log), store.clone(), Arc::clone(&directory), Arc::clone(&acceptor), Arc::clone(&random)));

@@ -7,6 +7,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use libsignal_protocol::{GenericSignedPreKey as _, IdentityKeyPair, KyberPreKeyRecord, PreKeyRecord, SignedPreKeyRecord};
 use sealpost::cli::canary::{Canary, Searched};
 use sealpost::cli::child::BrokerProcess;
@@ -56,7 +58,12 @@ fn secrets(database: &Path) -> Vec<Vec<u8>> {
         // Behind the type byte stands the secret vector; the public key, which the server has, comes after it.
         out.push(secret[1..65].to_vec());
     }
-    assert!(out.len() > 3 && out.iter().all(|secret| secret.len() >= 32), "the database has private keys");
+    // The server keeps a hash of the credential's secret.
+    for credential in blobs("SELECT value FROM meta WHERE key = 'credential'") {
+        out.push(URL_SAFE_NO_PAD.decode(&credential[4..]).unwrap()[17..].to_vec());
+        out.push(credential);
+    }
+    assert!(out.len() > 5 && out.iter().all(|secret| secret.len() >= 32), "the database has private keys");
     out
 }
 

@@ -1,111 +1,13 @@
 //! The SDK against a real broker over real sockets.
 
-use std::path::{Path, PathBuf};
+#[path = "support/sdk.rs"]
+mod sdk;
+
 use std::time::{Duration, Instant};
 
-use sealpost::client::{Client, Connection, Event, Failure, Live, Message, Status, Trust, dev_token};
-use sealpost::config::Config;
-use sealpost::ids::AccountId;
-use sealpost::server::Broker;
+use sdk::{PATIENCE, World, has, history, status, texts, told, until};
+use sealpost::client::{Client, Connection, Event, Failure, Live, Status, Trust};
 use sealpost::wire::stream::Code;
-use tempfile::TempDir;
-
-const PATIENCE: Duration = Duration::from_secs(60);
-
-struct World {
-    dir: TempDir,
-    broker: Broker,
-    url: String,
-}
-
-impl World {
-    async fn new() -> Self {
-        let dir = tempfile::tempdir().expect("a folder");
-        let broker = start(dir.path(), ([127, 0, 0, 1], 0).into()).await;
-        let url = broker.url();
-        Self { dir, broker, url }
-    }
-
-    /// Stops the broker and starts it at the same address, with the same data.
-    async fn restart(self, down: Duration) -> Self {
-        let Self { dir, broker, url } = self;
-        let address = broker.address();
-        broker.stop().await;
-        tokio::time::sleep(down).await;
-        let broker = start(dir.path(), address).await;
-        Self { dir, broker, url }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(format!("{name}.db"))
-    }
-
-    /// Registers a device that does not run yet.
-    async fn idle(&self, identity: &str, name: &str) -> Client {
-        let token = self.token(identity).await;
-        Client::register(&self.url, vec![token], name, self.path(name)).await.expect("registered")
-    }
-
-    async fn device(&self, identity: &str, name: &str) -> Client {
-        let client = self.idle(identity, name).await;
-        client.start();
-        live(&client).await;
-        client
-    }
-
-    async fn token(&self, identity: &str) -> String {
-        dev_token(&self.url, &identity.parse().expect("an identity")).await.expect("a token")
-    }
-}
-
-async fn start(dir: &Path, listen: std::net::SocketAddr) -> Broker {
-    let config = Config { data: dir.join("data"), listen, dev: Some(true), ..Config::default() };
-    Broker::start(config).await.expect("the broker starts")
-}
-
-async fn until(what: &str, mut check: impl AsyncFnMut() -> bool) {
-    let begun = Instant::now();
-    while !check().await {
-        assert!(begun.elapsed() < PATIENCE, "waited in vain until {what}");
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-}
-
-async fn live(client: &Client) {
-    until("it is connected", async || *client.connection().borrow() == Connection::Live).await;
-}
-
-async fn history(client: &Client, conversation: AccountId) -> Vec<Message> {
-    client.history(conversation, u64::MAX, 10_000).await.expect("history")
-}
-
-async fn texts(client: &Client, conversation: AccountId) -> Vec<String> {
-    history(client, conversation).await.into_iter().filter_map(|message| message.body).collect()
-}
-
-async fn has(client: &Client, conversation: AccountId, wanted: &[&str]) {
-    let begun = Instant::now();
-    while texts(client, conversation).await != wanted {
-        assert!(begun.elapsed() < PATIENCE, "{:?} instead of {wanted:?}", texts(client, conversation).await);
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-}
-
-async fn status(client: &Client, conversation: AccountId, wanted: Status) {
-    let begun = Instant::now();
-    loop {
-        let last = history(client, conversation).await.pop().map(|message| message.status);
-        if last == Some(wanted) {
-            return;
-        }
-        assert!(begun.elapsed() < PATIENCE, "{last:?} instead of {wanted:?}");
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-}
-
-async fn told(client: &Client, wanted: impl Fn(&Event) -> bool) -> bool {
-    client.events_after(0, 10_000).await.expect("events").iter().any(|(_, event)| wanted(event))
-}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn two_people_on_two_platforms_talk() {

@@ -4,7 +4,7 @@ mod support;
 
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
-use support::{Keys, TestBroker};
+use support::{Keys, TestBroker, b64};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_registration_makes_an_account_and_further_ones_join_it() {
@@ -121,6 +121,48 @@ async fn devices_are_renamed_and_revoked() {
     let again = broker.register("alice@local").await;
     assert_eq!(again.account, first.account, "the account outlives its devices");
     assert_eq!(again.id, 3, "numbers are reused as late as can be");
+    broker.stop().await;
+}
+
+/// With a secret of the client's own, a registration whose answer was lost is repeated and makes nothing new.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_registration_with_a_secret_of_its_own_is_idempotent() {
+    let broker = TestBroker::start().await;
+    let reader = broker.register("reader@local").await;
+    let token = broker.dev_token("alice@local").await;
+    let keys = Keys::new(2);
+    let body = |keys: &Keys, secret: &[u8]| {
+        let mut body = keys.registration(&[&token]);
+        body["credential_secret"] = json!(b64(secret));
+        body
+    };
+    let register = |body: Value| broker.call(Method::POST, "/v1/devices", None, Some(body));
+    let secret: Vec<u8> = (7..39).collect();
+    let first = register(body(&keys, &secret)).await.expect(StatusCode::CREATED).body;
+    let account = first["account_id"].as_str().expect("an account");
+    let bundles = broker.get(&reader, &format!("/v1/accounts/{account}/keys")).await.expect(StatusCode::OK).body;
+    assert!(bundles["devices"][0]["one_time_prekey"].is_object());
+    for _ in 0..2 {
+        assert_eq!(register(body(&keys, &secret)).await.expect(StatusCode::CREATED).body, first);
+    }
+    let credential = first["credential"].as_str().expect("a credential");
+    let mine = broker.call(Method::GET, "/v1/account", Some(credential), None).await.expect(StatusCode::OK).body;
+    assert_eq!(mine["devices"].as_array().map(Vec::len), Some(1));
+    let left = broker.call(Method::GET, "/v1/keys", Some(credential), None).await.body;
+    assert_eq!(left, json!({ "one_time_prekeys": 1, "pq_one_time_prekeys": 1 }), "what somebody took does not come back");
+
+    register(body(&Keys::new(0), &secret)).await.refused(409, "conflict");
+    register(body(&keys, &secret[1..])).await.refused(400, "bad_request");
+    register(body(&keys, &[5; 32])).await.refused(400, "bad_request");
+    // A further identity is linked by the repeat if the first try did not come that far.
+    let mut more = body(&keys, &secret);
+    more["tokens"] = json!([token, broker.dev_token("alice@vignette").await]);
+    let linked = register(more).await.expect(StatusCode::CREATED).body;
+    assert_eq!((&linked["device_id"], &linked["identities"]), (&first["device_id"], &json!(["alice@local", "alice@vignette"])));
+    // A revoked device does not come back by itself: it is another one.
+    broker.call(Method::DELETE, "/v1/devices/1", Some(credential), None).await.expect(StatusCode::NO_CONTENT);
+    let again = register(body(&keys, &secret)).await.expect(StatusCode::CREATED).body;
+    assert_eq!((&again["account_id"], &again["device_id"]), (&first["account_id"], &json!(2)));
     broker.stop().await;
 }
 

@@ -10,11 +10,15 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use certificate::Certificate;
+use futures_util::StreamExt as _;
+use prost::Message as _;
 use reqwest::{Method, StatusCode};
+use sealpost::wire::stream::{ServerBatch, server_frame::Frame};
 use serde_json::json;
 use support::{Answer, TestBroker};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
+use tokio_tungstenite::tungstenite::client::IntoClientRequest as _;
 
 /// Reads until the server closes; how long that took.
 async fn until_closed(socket: &mut TcpStream) -> (Vec<u8>, Duration) {
@@ -47,11 +51,22 @@ async fn tls_is_spoken_where_it_is_configured() {
     let mut roots = rustls::RootCertStore::empty();
     roots.add(made.der.into()).expect("a root");
     let tls = rustls::ClientConfig::builder().with_root_certificates(roots).with_no_client_auth();
-    broker.http = reqwest::Client::builder().no_proxy().tls_backend_preconfigured(tls).build().expect("a client");
+    broker.http = reqwest::Client::builder().no_proxy().tls_backend_preconfigured(tls.clone()).build().expect("a client");
     assert!(broker.broker.url().starts_with("https://"));
     let device = broker.register("alice@local").await;
     let answer = broker.get(&device, "/v1/account").await.expect(StatusCode::OK);
     assert_eq!(answer.headers["strict-transport-security"], "max-age=31536000");
+
+    // The stream too.
+    let mut request = broker.url("/v1/stream").replace("https://", "wss://").into_client_request().expect("a request");
+    request.headers_mut().insert("authorization", format!("Bearer {}", device.credential).parse().expect("a value"));
+    let connector = Some(tokio_tungstenite::Connector::Rustls(Arc::new(tls)));
+    let opened = tokio_tungstenite::connect_async_tls_with_config(request, None, true, connector).await;
+    let (mut stream, _) = opened.expect("the stream opens");
+    let first = tokio::time::timeout(Duration::from_secs(10), stream.next()).await.expect("in time").expect("a message").expect("whole");
+    let batch = ServerBatch::decode(first.into_data()).expect("a batch");
+    assert!(matches!(batch.frames[0].frame, Some(Frame::Hello(_))), "{batch:?}");
+    drop(stream);
 
     let (mut plain, text) = raw(broker.broker.address(), HEALTH).await;
     assert!(!text.starts_with("HTTP"), "no plain HTTP: {text}");
@@ -83,6 +98,19 @@ async fn slow_heads_and_idle_connections_are_closed() {
     assert!(until_closed(&mut idle).await.1 < Duration::from_secs(3));
     let (_, text) = raw(broker.broker.address(), &format!("GET / HTTP/1.1\r\nx: {}\r\n\r\n", "y".repeat(400_000))).await;
     assert!(text.starts_with("HTTP/1.1 431"), "a head has its size: {text}");
+    broker.stop().await;
+}
+
+/// A head that promises a body, and a body that never comes.
+#[tokio::test(flavor = "multi_thread")]
+async fn slow_bodies_have_their_time() {
+    let broker = TestBroker::with("timeouts.request_ms = 300").await;
+    let started = Instant::now();
+    let head = "POST /v1/devices HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 10\r\n\r\n{";
+    let (mut slow, text) = raw(broker.broker.address(), head).await;
+    assert!(text.starts_with("HTTP/1.1 504") && text.contains("outcome_unknown"), "{text}");
+    until_closed(&mut slow).await;
+    assert!(started.elapsed() < Duration::from_secs(3), "{:?}", started.elapsed());
     broker.stop().await;
 }
 

@@ -13,6 +13,7 @@ use sealpost::auth::realm::{Realms, TokenError};
 use sealpost::clock::{ManualClock, UnixMillis};
 use sealpost::config::Realm;
 use sealpost::limits;
+use sealpost::testing::process::BrokerProcess;
 use serde_json::{Value, json};
 use support::{Keys, TestBroker};
 
@@ -158,6 +159,79 @@ async fn a_development_key_is_worth_nothing_without_development_mode() {
     register(&broker, &[&token]).await.refused(401, "unauthenticated");
     let dir = broker.stop().await;
     assert!(!dir.path().join("dev-realm.key").exists(), "so that `sealpost token` is refused from then on");
+}
+
+/// From the outside: what a platform does when it replaces its signing key, by URL and by file, while the broker runs.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_running_broker_follows_when_a_platform_rotates_its_keys() {
+    let (old, new) = (SigningKey::rs256("old", 2048), SigningKey::eddsa("new"));
+    let dir = Arc::new(tempfile::tempdir().expect("a folder"));
+    let (keys, file) = (KeyServer::default(), dir.path().join("keys.json"));
+    let publish = |published: &[&SigningKey]| {
+        keys.publish(published);
+        std::fs::write(&file, keys.answer.lock().1.as_bytes()).expect("writes");
+    };
+    publish(&[&old]);
+    let realm = |name: &str, source: String| {
+        format!("[[realms]]\nname = \"{name}\"\nissuer = \"https://{name}.example\"\naudience = \"sealpost\"\n{source}\n")
+    };
+    let text = realm("first", format!("jwks_url = \"http://{}/keys\"", keys.serve().await))
+        + &realm("second", format!("jwks_file = \"{}\"", file.display()));
+    let clock = ManualClock::new(UnixMillis(now_s() * 1000));
+    let running = sealpost::server::Broker::start_by(support::config(dir.path(), &text), Arc::new(clock.clone())).await;
+    let broker =
+        TestBroker { broker: running.expect("starts"), dir, http: reqwest::Client::builder().no_proxy().build().expect("a client") };
+    let try_both = async |key: &SigningKey, user: &str| {
+        let mut statuses = Vec::new();
+        for realm in ["first", "second"] {
+            statuses.push(register(&broker, &[&key.sign(&claims(realm, user))]).await.status.as_u16());
+        }
+        statuses
+    };
+    for user in ["a", "b", "c"] {
+        assert_eq!(try_both(&old, user).await, [201, 201]);
+    }
+    assert_eq!(keys.asked(), 1, "cached");
+    assert_eq!(try_both(&new, "d").await, [401, 401], "not published yet");
+    publish(&[&old, &new]);
+    clock.advance(limits::JWKS_REFRESH_MIN_MS);
+    assert_eq!(try_both(&new, "d").await, [201, 201], "an unknown key makes the broker look");
+    assert_eq!(try_both(&old, "e").await, [201, 201]);
+    publish(&[&new]);
+    clock.advance(limits::JWKS_REFRESH_MIN_MS);
+    assert_eq!(try_both(&SigningKey::eddsa("unknown"), "f").await, [401, 401]);
+    assert_eq!((try_both(&old, "g").await, try_both(&new, "g").await), (vec![401, 401], vec![201, 201]), "the old one was withdrawn");
+    broker.stop().await;
+}
+
+/// The program itself: what it says, and what `sealpost token` does, with development mode and without.
+#[tokio::test(flavor = "multi_thread")]
+async fn development_mode_is_said_loudly_and_only_its_folder_signs_tokens() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let program = std::path::Path::new(env!("CARGO_BIN_EXE_sealpost"));
+    let (data, log) = (dir.path().join("data"), dir.path().join("log"));
+    let mut broker = BrokerProcess::start(program, &data, &log).await.expect("starts");
+    let said = std::fs::read_to_string(&log).expect("a log");
+    assert!(said.contains("WARN") && said.contains("DEVELOPMENT MODE is on"), "{said}");
+    let sign = |data: &std::path::Path| {
+        let output = std::process::Command::new(program).args(["token", "alice@local", "--data"]).arg(data).output().expect("runs");
+        (output.status.success(), String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).trim().to_owned())
+    };
+    let (signed, token) = sign(&data);
+    assert!(signed, "{token}");
+    let answer = reqwest::Client::builder()
+        .no_proxy()
+        .build()
+        .expect("a client")
+        .post(broker.url().join("v1/devices").expect("a URL"))
+        .json(&Keys::new(0).registration(&[&token]))
+        .send()
+        .await
+        .expect("an answer");
+    assert_eq!(answer.status(), StatusCode::CREATED);
+    let (signed, why) = sign(&dir.path().join("elsewhere"));
+    assert!(!signed && why.contains("development mode"), "{why}");
+    assert!(broker.stop(std::time::Duration::from_secs(30)).await.expect("stops"));
 }
 
 fn realm_at(address: std::net::SocketAddr) -> Realm {

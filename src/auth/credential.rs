@@ -36,6 +36,11 @@ impl DeviceSecret {
         Self(secret)
     }
 
+    /// One that the device chose; it must be random.
+    pub fn chosen(bytes: [u8; 32]) -> Self {
+        Self(Zeroizing::new(bytes))
+    }
+
     /// What the server keeps of it.
     pub fn hash(&self) -> [u8; 32] {
         Sha256::digest(*self.0).into()

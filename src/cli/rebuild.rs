@@ -1,22 +1,16 @@
 //! `sealpost rebuild`: drops the view and makes it anew from the log.
 
-use std::path::PathBuf;
-
 use anyhow::Context as _;
 
-use crate::config::Config;
+use super::broker::BrokerArgs;
 use crate::server;
 
 /// Drops the store's view and replays the log into it. The broker must be stopped. One-time prekeys and at-rest keys are state, not
 /// view: they stay.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Configuration file (TOML).
-    #[arg(long, env = "SEALPOST_CONFIG")]
-    config: Option<PathBuf>,
-    /// The broker's data folder [default: sealpost-data].
-    #[arg(long)]
-    data: Option<PathBuf>,
+    #[command(flatten)]
+    broker: BrokerArgs,
     /// One JSON object instead of text.
     #[arg(long)]
     json: bool,
@@ -24,10 +18,8 @@ pub struct Args {
 
 /// Runs the command.
 pub async fn run(args: Args) -> anyhow::Result<()> {
-    let mut config = Config::load(args.config.as_deref(), std::env::vars())?;
-    if let Some(data) = args.data {
-        config.data = data;
-    }
+    // Nobody can connect while it runs, so an address that `serve` takes only with --dev is no reason to refuse.
+    let config = args.broker.load(|config| config.listen = ([127, 0, 0, 1], 0).into())?;
     let bar = indicatif::ProgressBar::new_spinner();
     bar.enable_steady_tick(std::time::Duration::from_millis(100));
     let progress = bar.clone();

@@ -2,22 +2,18 @@
 
 use std::io::Write as _;
 use std::net::SocketAddr;
-use std::path::PathBuf;
 
 use anyhow::Context as _;
 
+use super::broker::BrokerArgs;
 use crate::config::Config;
 use crate::server::Broker;
 
 /// Runs a broker on the embedded profile: log, store, projector and edge in one process, everything in one folder.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Configuration file (TOML).
-    #[arg(long, env = "SEALPOST_CONFIG")]
-    config: Option<PathBuf>,
-    /// The folder that holds everything; made if it is missing [default: sealpost-data].
-    #[arg(long)]
-    data: Option<PathBuf>,
+    #[command(flatten)]
+    broker: BrokerArgs,
     /// Where to listen [default: 127.0.0.1:8470]; port 0 takes a free one.
     #[arg(long)]
     listen: Option<SocketAddr>,
@@ -29,18 +25,14 @@ pub struct Args {
 impl Args {
     /// The configuration: file, variables, flags; validated.
     pub fn load(self) -> anyhow::Result<Config> {
-        let mut config = Config::load(self.config.as_deref(), std::env::vars())?;
-        if let Some(data) = self.data {
-            config.data = data;
-        }
-        if let Some(listen) = self.listen {
-            config.listen = listen;
-        }
-        if self.dev {
-            config.dev = Some(true);
-        }
-        config.validate()?;
-        Ok(config)
+        self.broker.load(|config| {
+            if let Some(listen) = self.listen {
+                config.listen = listen;
+            }
+            if self.dev {
+                config.dev = Some(true);
+            }
+        })
     }
 }
 

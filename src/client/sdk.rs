@@ -112,8 +112,7 @@ impl Client {
     /// Registers this installation as a device: of the account that the first token's identity has, or of a new one. Further
     /// tokens link their identities to it. The database must not hold an account.
     ///
-    /// If the answer is lost, a device may have been made that nobody holds; trying again makes another, and the account's devices
-    /// can be seen and revoked.
+    /// If the answer is lost, a call with the same database and server finds the device that was made, if one was.
     pub async fn register(server: &str, tokens: Vec<String>, name: &str, database: impl AsRef<Path>) -> Result<Self, Error> {
         Self::register_with(server, tokens, name, database, Environment::default()).await
     }
@@ -128,12 +127,14 @@ impl Client {
     ) -> Result<Self, Error> {
         let http = HttpTransport::new(server)?;
         let store = open_store(database.as_ref().to_owned(), &environment).await?;
-        let keys = store.run(|db| db.begin_registration()).await?;
+        let at = server.to_owned();
+        let keys = store.run(move |db| db.begin_registration(&at)).await?;
         let device = RegisterDevice {
             tokens,
             name: name.to_owned(),
             registration_id: keys.registration_id,
-            identity_key: keys.identity_key.into(),
+            credential_secret: keys.credential_secret,
+            identity_key: keys.identity_key,
             keys: keys.upload,
         };
         let registered = Api::new(http.clone(), None).register(&device).await?;

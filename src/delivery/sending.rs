@@ -1,14 +1,12 @@
 //! Accepting a `Send`: checks, sealing, and the append that makes it durable. Used by every transport.
 
 use std::collections::HashSet;
-use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use governor::clock::{Clock as _, DefaultClock};
-use governor::{DefaultKeyedRateLimiter, Quota, RateLimiter};
 use parking_lot::RwLock;
 use quick_cache::sync::Cache;
 
@@ -19,6 +17,7 @@ use crate::ids::{AccountId, DeviceAddr, DeviceId, Partition};
 use crate::limits;
 use crate::log::{AppendError, AppendSink, EventLog, Topic, TopicPartition};
 use crate::metrics;
+use crate::rate::Keyed;
 use crate::store::seal::{self, Sealer};
 use crate::store::{DeliveryStore, MarkKey};
 use crate::wire::event::{self, EnvelopesAccepted, flags};
@@ -43,7 +42,7 @@ pub struct Acceptor {
     delivery: Arc<dyn DeliveryStore>,
     clock: Arc<dyn Clock>,
     random: Arc<dyn Random>,
-    rate: Option<DefaultKeyedRateLimiter<DeviceAddr>>,
+    rate: Keyed<DeviceAddr>,
     /// The highest client message id of each pair that passed here or was applied before: decides what is too old.
     highest: Cache<MarkKey, Arc<AtomicU64>>,
     full: RwLock<HashSet<DeviceAddr>>,
@@ -57,14 +56,14 @@ impl std::fmt::Debug for Acceptor {
 }
 
 impl Acceptor {
-    /// `rate`: messages a second of one device, with a burst of as many; `None` for no limit.
+    /// `rate`: messages a second of one device, with a burst of as many; 0 for no limit.
     pub fn new(
         log: Arc<dyn EventLog>,
         directory: Arc<Directory>,
         delivery: Arc<dyn DeliveryStore>,
         clock: Arc<dyn Clock>,
         random: Arc<dyn Random>,
-        rate: Option<NonZeroU32>,
+        rate: u32,
     ) -> Self {
         Self {
             log,
@@ -72,7 +71,7 @@ impl Acceptor {
             delivery,
             clock,
             random,
-            rate: rate.map(|rate| RateLimiter::keyed(Quota::per_second(rate))),
+            rate: Keyed::new(rate, Duration::from_secs(1), rate),
             highest: Cache::new(limits::CACHED_MARKS),
             full: RwLock::default(),
             any_full: AtomicBool::new(false),
@@ -92,9 +91,7 @@ impl Acceptor {
 
     /// Forgets devices whose rate has recovered; called now and then.
     pub fn tidy(&self) {
-        if let Some(rate) = &self.rate {
-            rate.retain_recent();
-        }
+        self.rate.tidy();
     }
 
     /// The recipient's view without waiting, if it is cached.
@@ -126,13 +123,10 @@ impl Acceptor {
 
     /// Every check, then the sealed event.
     pub fn check(&self, sender: DeviceAddr, request: &SendRequest, view: &AccountView, highest: &AtomicU64) -> Result<Checked, SendError> {
-        if let Some(rate) = &self.rate
-            && let Err(not_until) = rate.check_key(&sender)
-        {
+        self.rate.check(&sender).map_err(|retry_after_ms| {
             metrics::observe_rate_limited(metrics::RateScope::Messages);
-            let wait = not_until.wait_time_from(DefaultClock::default().now());
-            return Err(SendError::RateLimited { retry_after_ms: u32::try_from(wait.as_millis()).unwrap_or(u32::MAX).max(1) });
-        }
+            SendError::RateLimited { retry_after_ms }
+        })?;
         let sealer = allowed(sender, request, view)?;
         sizes(request)?;
         devices(sender, request, view)?;

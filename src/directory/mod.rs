@@ -13,7 +13,7 @@ use parking_lot::Mutex;
 use quick_cache::sync::Cache;
 use tokio::sync::oneshot;
 
-use crate::clock::{Clock, Random};
+use crate::clock::{Clock, Random, UnixMillis};
 use crate::ids::{AccountId, DeviceId, EdgeId, Identity, Partition, RegistrationId};
 use crate::limits;
 use crate::log::{AppendError, EventLog, Topic, TopicPartition};
@@ -209,9 +209,13 @@ impl Directory {
     /// Appends a change and waits until it is applied, durable and visible in the store, or refused. Dropping the future does
     /// not take the change back.
     pub async fn change(&self, account: AccountId, change: DirectoryChange) -> Result<Verdict, DirectoryError> {
+        self.change_at(account, self.parts.clock.now(), change).await
+    }
+
+    async fn change_at(&self, account: AccountId, at: UnixMillis, change: DirectoryChange) -> Result<Verdict, DirectoryError> {
         let waiter = self.wait()?;
         let reply_to = Some(RequestId { edge: self.parts.edge, number: waiter.number });
-        let command = DirectoryCommand { account, at: self.parts.clock.now(), reply_to, change };
+        let command = DirectoryCommand { account, at, reply_to, change };
         let partition = Partition::of(&account, self.parts.log.partitions(Topic::Directory));
         let to = TopicPartition { topic: Topic::Directory, partition };
         let verdict = tokio::time::timeout(Duration::from_millis(limits::VERDICT_MS), async {
@@ -244,9 +248,11 @@ impl Directory {
     }
 
     /// Registers a device for an identity whose token was shown: with the identity's account, or with a new one.
-    /// `Done` carries the device.
-    pub async fn register(&self, identity: &Identity, device: &NewDevice) -> Result<Verdict, DirectoryError> {
+    /// `Done` carries the device, which was made before if an earlier registration had the same credential; the time says
+    /// when this one was stamped, so that the device's record tells which of the two it is.
+    pub async fn register(&self, identity: &Identity, device: &NewDevice) -> Result<(Verdict, UnixMillis), DirectoryError> {
         let keys = &self.parts.keys;
+        let at = self.parts.clock.now();
         let mut verdict = Verdict::Conflict;
         for _ in 0..REGISTER_TRIES {
             let account = keys.claim_identity(identity, AccountId::random(&*self.parts.random)).await?;
@@ -254,17 +260,18 @@ impl Directory {
             let sealed = keys.seal_key(account, Some(SealKey::random(&*self.parts.random))).await?;
             verdict = match sealed {
                 Some(_) => {
-                    self.change(account, DirectoryChange::RegisterDevice { identity: identity.clone(), device: device.clone() }).await?
+                    let change = DirectoryChange::RegisterDevice { identity: identity.clone(), device: device.clone() };
+                    self.change_at(account, at, change).await?
                 }
                 None => Verdict::AccountDeleted,
             };
             match verdict {
                 // The claim outlived the link: the account was deleted, or it gave the identity up, or never got it.
                 Verdict::AccountDeleted | Verdict::Conflict => keys.release_identity(identity, account).await?,
-                Verdict::Done(_) | Verdict::NotFound | Verdict::LimitReached => return Ok(verdict),
+                Verdict::Done(_) | Verdict::NotFound | Verdict::LimitReached => return Ok((verdict, at)),
             }
         }
-        Ok(verdict)
+        Ok((verdict, at))
     }
 
     /// Links an identity whose token was shown to the account. `Conflict`: it is another account's.

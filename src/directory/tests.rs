@@ -110,7 +110,7 @@ fn new_device(secret: u8) -> NewDevice {
 
 impl World {
     async fn register(&self, name: &str, secret: u8) -> DeviceAddr {
-        match self.directory.register(&identity(name), &new_device(secret)).await {
+        match self.directory.register(&identity(name), &new_device(secret)).await.map(|(verdict, _)| verdict) {
             Ok(Verdict::Done(Some(device))) => device,
             other => panic!("not registered: {other:?}"),
         }
@@ -139,7 +139,7 @@ async fn one_identity_registered_by_many_at_once_is_one_account() {
     let mut registrations = tokio::task::JoinSet::new();
     for secret in 0..limits::DEVICES_PER_ACCOUNT as u8 {
         let directory = world.directory.clone();
-        registrations.spawn(async move { directory.register(&identity("alice"), &new_device(secret)).await });
+        registrations.spawn(async move { directory.register(&identity("alice"), &new_device(secret)).await.map(|(verdict, _)| verdict) });
     }
     let mut accounts = std::collections::BTreeSet::new();
     while let Some(verdict) = registrations.join_next().await {
@@ -147,7 +147,7 @@ async fn one_identity_registered_by_many_at_once_is_one_account() {
         accounts.insert(device.account);
     }
     assert_eq!(accounts.len(), 1);
-    assert_eq!(world.directory.register(&identity("alice"), &new_device(99)).await, Ok(Verdict::LimitReached));
+    assert_eq!(world.directory.register(&identity("alice"), &new_device(99)).await.map(|(verdict, _)| verdict), Ok(Verdict::LimitReached));
 }
 
 #[tokio::test]

@@ -44,9 +44,18 @@ pub async fn other(state: &EdgeState, account: AccountId) -> Result<Arc<AccountV
     if view.deleted { Err(ApiError::new(Code::AccountDeleted, "the account was deleted")) } else { Ok(view) }
 }
 
+/// A device that is registered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Registered {
+    /// Its address.
+    pub addr: DeviceAddr,
+    /// It is new; else the request was a repeat.
+    pub made: bool,
+}
+
 /// Registers a device with the account of the first identity, which is made if there is none, and links the others to it.
-/// Nothing is made if one of them is another account's.
-pub async fn register(state: &EdgeState, identities: &[Identity], device: &NewDevice) -> Result<DeviceAddr, ApiError> {
+/// Nothing is made if one of them is another account's, and nothing new if the device is there already.
+pub async fn register(state: &EdgeState, identities: &[Identity], device: &NewDevice) -> Result<Registered, ApiError> {
     let conflict = || ApiError::new(Code::Conflict, "one of the identities is another account's");
     let (first, further) = identities.split_first().ok_or_else(|| ApiError::bad_request("a registration needs a token"))?;
     let directory = &state.directory;
@@ -57,16 +66,24 @@ pub async fn register(state: &EdgeState, identities: &[Identity], device: &NewDe
             return Err(conflict());
         }
     }
-    let verdict = directory.register(first, device).await?;
+    let (verdict, at) = directory.register(first, device).await?;
     let Verdict::Done(Some(addr)) = verdict else {
         return Err(refused(&verdict).unwrap_or_else(|| ApiError::internal(&"a registration without a device")));
     };
+    let record = own(state, addr).await?;
+    let there = record.devices.iter().find(|there| there.id == addr.device).ok_or_else(ApiError::unauthenticated)?;
+    if there.identity_key != device.identity_key || there.registration_id != device.registration_id {
+        return Err(ApiError::new(Code::Conflict, "another device of the account has this credential_secret; each needs its own"));
+    }
+    let made = there.created == at;
     for identity in further {
         if let Err(error) = done(directory.link(addr.account, identity).await) {
             // Somebody was faster, or a cap is reached: a device whose owner gets an error must not stay.
-            done(directory.revoke_device(addr.account, addr.device).await)?;
+            if made {
+                done(directory.revoke_device(addr.account, addr.device).await)?;
+            }
             return Err(error);
         }
     }
-    Ok(addr)
+    Ok(Registered { addr, made })
 }

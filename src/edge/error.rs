@@ -154,7 +154,11 @@ pub struct ErrorBody {
 }
 
 impl IntoResponse for ApiError {
-    fn into_response(self) -> Response {
+    fn into_response(mut self) -> Response {
+        // Whoever is sent away for a while is told for how long, whatever sent him away.
+        if matches!(self.status(), StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) && self.retry_after_ms == 0 {
+            self.retry_after_ms = RETRY_AFTER_MS;
+        }
         let numbers = |ids: &[DeviceId]| ids.iter().map(|id| id.get()).collect();
         let body = ErrorBody {
             code: name(self.code).to_owned(),
@@ -254,5 +258,11 @@ mod tests {
         let response = ApiError::rate_limited(1_001).into_response();
         assert_eq!(response.headers()[header::RETRY_AFTER], "2");
         assert_eq!(response.status(), StatusCode::TOO_MANY_REQUESTS);
+        for number in 1..=17 {
+            let code = Code::try_from(number).expect("a code");
+            let response = ApiError { retry_after_ms: 0, ..ApiError::new(code, "") }.into_response();
+            let later = matches!(response.status().as_u16(), 429 | 503);
+            assert_eq!(response.headers().contains_key(header::RETRY_AFTER), later, "{code:?}");
+        }
     }
 }

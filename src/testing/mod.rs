@@ -92,6 +92,13 @@ impl Broker {
         Ok(())
     }
 
+    /// The same with another clock.
+    pub async fn restart_by(&mut self, clock: Arc<dyn crate::clock::Clock>) -> anyhow::Result<()> {
+        self.stop().await;
+        self.running = Some(server::Broker::start_by(self.config.clone(), clock).await?);
+        Ok(())
+    }
+
     /// Registers a device of `user@realm` that speaks the wire by hand.
     pub async fn device(&self, identity: &str) -> anyhow::Result<RawDevice> {
         RawDevice::register(&self.url, identity).await
@@ -180,7 +187,7 @@ impl RawDevice {
         let mut request = format!("{}/v1/stream", self.base.replacen("http", "ws", 1)).into_client_request()?;
         request.headers_mut().insert("authorization", format!("Bearer {}", self.credential).parse()?);
         let (socket, _) = tokio_tungstenite::connect_async(request).await?;
-        let mut stream = RawStream { socket, waiting: Vec::new(), hello: stream::Hello::default(), closing: None };
+        let mut stream = RawStream { socket, waiting: Vec::new(), hello: stream::Hello::default(), pings: 0, closing: None };
         match stream.next().await? {
             Frame::Hello(hello) => stream.hello = hello,
             other => bail!("expected Hello, got {other:?}"),
@@ -195,6 +202,8 @@ pub struct RawStream {
     waiting: Vec<Frame>,
     /// The first frame.
     pub hello: stream::Hello,
+    /// Pings so far; they are answered by reading on.
+    pub pings: u32,
     /// The last frame, if the server said why it closed.
     pub closing: Option<stream::Closing>,
 }
@@ -214,10 +223,16 @@ impl RawStream {
                 Message::Binary(bytes) => {
                     self.waiting = ServerBatch::decode(bytes)?.frames.into_iter().rev().filter_map(|frame| frame.frame).collect();
                 }
+                Message::Ping(_) => self.pings += 1,
                 Message::Close(frame) => bail!("closed: {frame:?}"),
                 _ => {}
             }
         }
+    }
+
+    /// The next frame of any kind, however long it takes.
+    pub async fn next_at_leisure(&mut self) -> anyhow::Result<Frame> {
+        self.next_forever().await
     }
 
     /// Nothing comes for a while.

@@ -143,6 +143,11 @@ impl Answer {
     pub fn refused(self, status: u16, code: &str) -> Self {
         assert_eq!((self.status.as_u16(), self.body["code"].as_str()), (status, Some(code)), "{}", self.text);
         assert!(self.body["message"].is_string(), "{}", self.text);
+        if matches!(status, 429 | 503) {
+            let wait = self.headers.get("retry-after").and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
+            assert_eq!(wait, self.body["retry_after_ms"].as_u64().map(|ms| ms.div_ceil(1_000)), "it says when to come back");
+            assert!(wait.is_some_and(|seconds| seconds > 0), "{}", self.text);
+        }
         self
     }
 }

@@ -1,8 +1,7 @@
 //! One device of a run: what it has in flight, what it has received, what it owes the server. No I/O here.
 
-use std::collections::{BTreeMap, VecDeque};
-
 use super::engine::World;
+use super::sending::{Answered, Sending, Slot};
 use super::wire::{self, Malformed, STAMP_BYTES, Seen, Stamp};
 use super::ws::{Decoder, Incoming, Outbox};
 
@@ -13,11 +12,6 @@ const OUTBOX_BYTES: usize = 256 * 1024;
 /// Received items and bytes after which an acknowledgement goes out at once; fewer wait for the tick.
 const ACK_ITEMS: u32 = 256;
 const ACK_BYTES: usize = 512 * 1024;
-/// The shortest pause before a refused send is repeated.
-const REPEAT_US: u64 = 5_000;
-
-/// Codes of `SendResult` that a client answers by sending again with the same id.
-const REPEATABLE: [u32; 4] = [9, 10, 11, 16];
 
 /// What ended a connection, when the server said so.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,142 +54,6 @@ pub struct Session {
     unacked_bytes: usize,
 }
 
-#[derive(Clone)]
-enum Slot {
-    /// Sent and not answered; `at_us` is when it was sent first, or was due. Content is kept if it can't be made again.
-    Waiting { at_us: u64, content: Option<(u8, Vec<u8>)> },
-    /// Answered for good.
-    Done,
-}
-
-/// What an answer made of a send.
-enum Answered {
-    Accepted,
-    Refused,
-    /// To be repeated, or known already.
-    Open,
-}
-
-/// The sending half: numbers from 1, each answered once in the end.
-pub struct Sending {
-    quota: u64,
-    next: u64,
-    /// Number of the first slot.
-    base: u64,
-    slots: VecDeque<Slot>,
-    /// Without an answer.
-    waiting: u64,
-    /// Begun, and neither received by the recipient nor refused.
-    in_flight: u64,
-    repeat: VecDeque<u64>,
-    later: Vec<(u64, u64)>,
-    /// Refusals that no repeat can help, by code.
-    pub refused: BTreeMap<u32, u64>,
-    /// Sends that were repeated.
-    pub repeats: u64,
-}
-
-impl Sending {
-    /// With this many messages to send at most.
-    pub fn new(quota: u64) -> Self {
-        Self {
-            quota,
-            next: 1,
-            base: 1,
-            slots: VecDeque::new(),
-            waiting: 0,
-            in_flight: 0,
-            repeat: VecDeque::new(),
-            later: Vec::new(),
-            refused: BTreeMap::new(),
-            repeats: 0,
-        }
-    }
-
-    /// Messages begun so far.
-    pub fn begun(&self) -> u64 {
-        self.next - 1
-    }
-
-    /// Sends without an answer.
-    pub fn waiting(&self) -> u64 {
-        self.waiting
-    }
-
-    /// Whether all that will be sent was answered.
-    pub fn finished(&self) -> bool {
-        self.waiting == 0
-    }
-
-    /// Whether the quota is used up.
-    pub fn exhausted(&self) -> bool {
-        self.begun() >= self.quota
-    }
-
-    /// Takes the next number if window and quota leave room; the caller decides whether its time has come.
-    fn room(&self, world: &World) -> bool {
-        let open = if world.until_delivered { self.waiting.max(self.in_flight) } else { self.waiting };
-        open < world.window && self.begun() < self.quota && self.next - self.base <= world.routes.spread_max()
-    }
-
-    fn begin(&mut self, at_us: u64, content: Option<(u8, Vec<u8>)>) {
-        self.slots.push_back(Slot::Waiting { at_us, content });
-        self.next += 1;
-        self.waiting += 1;
-        self.in_flight += 1;
-    }
-
-    fn slot(&mut self, number: u64) -> Option<&mut Slot> {
-        self.slots.get_mut(usize::try_from(number.checked_sub(self.base)?).ok()?)
-    }
-
-    /// An answer came.
-    fn answered(&mut self, number: u64, code: u32, retry_after_ms: u32, now_us: u64) -> Answered {
-        let Some(slot) = self.slot(number).filter(|slot| matches!(slot, Slot::Waiting { .. })) else { return Answered::Open };
-        if REPEATABLE.contains(&code) {
-            self.later.push((now_us + REPEAT_US.max(u64::from(retry_after_ms) * 1_000), number));
-            return Answered::Open;
-        }
-        *slot = Slot::Done;
-        self.waiting -= 1;
-        while matches!(self.slots.front(), Some(Slot::Done)) {
-            self.slots.pop_front();
-            self.base += 1;
-        }
-        if code == 0 {
-            return Answered::Accepted;
-        }
-        *self.refused.entry(code).or_default() += 1;
-        Answered::Refused
-    }
-
-    /// A message arrived at its recipient, or never will.
-    pub fn landed(&mut self) {
-        self.in_flight = self.in_flight.saturating_sub(1);
-    }
-
-    /// After a connection was lost: everything unanswered goes again, in order, with the same ids.
-    fn repeat_all(&mut self) {
-        self.later.clear();
-        self.repeat.clear();
-        self.repeat
-            .extend(self.slots.iter().zip(self.base..).filter(|(slot, _)| matches!(slot, Slot::Waiting { .. })).map(|(_, number)| number));
-        self.repeats += self.repeat.len() as u64;
-    }
-
-    fn wake_later(&mut self, now_us: u64) {
-        let Self { later, repeat, repeats, .. } = self;
-        later.retain(|&(at, number)| {
-            let due = at <= now_us;
-            if due {
-                repeat.push_back(number);
-                *repeats += 1;
-            }
-            !due
-        });
-    }
-}
-
 impl Session {
     /// A device that receives, or sends, or does both.
     pub fn new(index: u64, receives: bool, sending: Option<Sending>) -> Self {
@@ -225,7 +83,7 @@ impl Session {
 
     /// Whether something is owed or could be repeated: the tick looks closer then.
     pub fn needs_tick(&self) -> bool {
-        self.unacked_items > 0 || self.sending.as_ref().is_some_and(|s| !s.later.is_empty())
+        self.unacked_items > 0 || self.sending.as_ref().is_some_and(|s| s.has_later())
     }
 
     fn item(&mut self, world: &World, seq: u64, bytes: usize) -> bool {
@@ -296,15 +154,15 @@ impl Session {
         let full = |out: &Vec<u8>| out.len() - start >= BATCH_BYTES;
         let Some(mut sending) = self.sending.take() else { return };
         while !full(out) {
-            let Some(number) = sending.repeat.pop_front() else { break };
+            let Some(number) = sending.next_repeat() else { break };
             if let Some(Slot::Waiting { at_us, content }) = sending.slot(number) {
                 let stamp = Stamp { sender: self.index as u32, number, at_us: *at_us }.to_bytes();
                 self.put(world, out, number, &stamp, content.as_ref());
             }
         }
         while !full(out) && sending.room(world) {
-            let Some(at_us) = world.due(self.index, sending.next) else { break };
-            let number = sending.next;
+            let Some(at_us) = world.due(self.index, sending.next()) else { break };
+            let number = sending.next();
             let (stamp, content) = self.content(world, number, at_us);
             self.put(world, out, number, &stamp, content.as_ref());
             sending.begin(at_us, content);
@@ -318,7 +176,7 @@ impl Session {
         if !sending.room(world) || !world.running() {
             return None;
         }
-        let number = sending.next;
+        let number = sending.next();
         let at_us = world.scheduled(self.index, number).unwrap_or_else(|| world.now_us());
         let (stamp, content) = self.content(world, number, at_us);
         self.sending.as_mut()?.begin(at_us, None);

@@ -16,6 +16,7 @@ pub mod keys;
 mod meter;
 pub mod progress;
 pub mod report;
+mod sending;
 pub mod traffic;
 mod wire;
 mod ws;

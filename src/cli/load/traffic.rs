@@ -14,12 +14,13 @@ use tokio::task::spawn_local;
 use super::api::{self, Api, Registered};
 use super::audit::Routes;
 use super::crypto::Parties;
-use super::device::{Device, Sending, Session};
+use super::device::{Device, Session};
 use super::engine::{Setup, TICK, World};
 use super::keys::Keyset;
 use super::meter::{self, Meter};
 use super::progress::Progress;
 use super::report::{Report, grouped};
+use super::sending::Sending;
 use super::wire::STAMP_BYTES;
 
 /// A run to make.

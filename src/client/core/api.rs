@@ -162,10 +162,10 @@ pub struct UploadKeys {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pq_last_resort_prekey: Option<SignedKeyJson>,
     /// More one-time keys.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub one_time_prekeys: Vec<PublicKeyJson>,
     /// More one-time Kyber keys.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub pq_one_time_prekeys: Vec<SignedKeyJson>,
 }
 
@@ -178,6 +178,8 @@ pub struct RegisterDevice {
     pub name: String,
     /// See there.
     pub registration_id: RegistrationId,
+    /// 32 random bytes, kept before the call: a repeat after a lost answer gets the same device.
+    pub credential_secret: B64,
     /// 33 bytes.
     pub identity_key: B64,
     /// Its prekeys.
@@ -195,6 +197,9 @@ pub struct Registered {
     /// The secret every further request carries.
     #[serde(deserialize_with = "secret")]
     pub credential: Zeroizing<String>,
+    /// Where its client message ids begin. A server that does not say reuses no device numbers.
+    #[serde(default)]
+    pub first_message_id: u64,
     /// The account's identities.
     pub identities: Vec<Identity>,
 }
@@ -513,8 +518,11 @@ mod tests {
     fn registration_is_flat_json() {
         let keys = UploadKeys { one_time_prekeys: vec![PublicKeyJson { id: 1, public_key: vec![5].into() }], ..UploadKeys::default() };
         let registration_id = RegistrationId::new(7).expect("valid");
-        let body = RegisterDevice { tokens: vec!["t".into()], name: "n".into(), registration_id, identity_key: vec![1].into(), keys };
+        let (tokens, name) = (vec!["t".into()], "n".to_owned());
+        let (credential_secret, identity_key) = (vec![0; 3].into(), vec![1].into());
+        let body = RegisterDevice { tokens, name, registration_id, credential_secret, identity_key, keys };
         let value = serde_json::to_value(&body).expect("json");
+        assert_eq!(value["credential_secret"], "AAAA");
         assert_eq!(value["one_time_prekeys"][0]["public_key"], "BQ==");
         assert_eq!(value["registration_id"], 7);
     }

@@ -1,10 +1,11 @@
 //! This device's own account: registration, credential, keys.
 
 use rusqlite::params;
+use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
 use super::{Db, Error, sql};
-use crate::client::core::api::{OwnAccount, PeerDevice, Registered, UploadKeys};
+use crate::client::core::api::{B64, OwnAccount, PeerDevice, Registered, UploadKeys};
 use crate::client::core::state::{StateKey, StateRead as _, encode_address};
 use crate::client::core::{inbox, keys};
 use crate::client::types::Event;
@@ -23,12 +24,21 @@ pub(in crate::client) struct Credential {
     pub secret: Zeroizing<String>,
 }
 
-/// What a device publishes when it registers.
+/// What a device says when it registers. Kept as it is until the server has answered, so that it can be said again.
+#[derive(Clone, PartialEq, Serialize, Deserialize)]
 pub(in crate::client) struct OwnKeys {
+    /// To whom: another server must not learn the secret, nor see that it is the same device.
+    server: String,
     pub registration_id: RegistrationId,
-    pub identity_key: Vec<u8>,
+    pub credential_secret: B64,
+    pub identity_key: B64,
     pub upload: UploadKeys,
 }
+
+/// Where that is kept.
+const REGISTRATION: &str = "registration";
+/// Where it is kept with which client message id this device begins.
+pub(super) const FIRST_MESSAGE_ID: &str = "first_message_id";
 
 /// Accepted messages are kept for receipts as long as receipts may come.
 const OUTGOING_KEPT_MS: u64 = limits::ENVELOPE_TTL_MS + 24 * 3600 * 1000;
@@ -37,11 +47,17 @@ const SEEN_KEPT_MS: u64 = 3 * limits::ENVELOPE_TTL_MS;
 
 impl Db {
     /// Makes this device's keys, once; a registration that failed is tried again with the same ones.
-    pub(in crate::client) fn begin_registration(&self) -> Result<OwnKeys, Error> {
+    pub(in crate::client) fn begin_registration(&self, server: &str) -> Result<OwnKeys, Error> {
         if sql::meta(&self.connection, "own_address")?.is_some() {
             return Err(Error::HasAccount);
         }
-        // Of a registration whose answer was lost; the device it may have made is not ours.
+        if let Some(kept) = sql::meta(&self.connection, REGISTRATION)?.map(Zeroizing::new) {
+            let kept: OwnKeys = serde_json::from_slice(&kept).map_err(|error| Error::Damaged(format!("the registration: {error}")))?;
+            if kept.server == server {
+                return Ok(kept);
+            }
+        }
+        // Of a registration at another server, which was never answered.
         self.connection.execute_batch("DELETE FROM prekeys; DELETE FROM signed_prekeys; DELETE FROM kyber_prekeys;")?;
         let random = self.random.clone();
         let device = self.core(|tx| Ok::<_, Error>(keys::generate_device(tx, &*random)))?;
@@ -49,7 +65,18 @@ impl Db {
         let signed = self.make_keys(0, 0, true)?;
         upload.signed_prekey = signed.signed_prekey;
         upload.pq_last_resort_prekey = signed.pq_last_resort_prekey;
-        Ok(OwnKeys { registration_id: device.registration_id, identity_key: device.identity_key, upload })
+        let mut secret = vec![0; 32];
+        self.random.fill(&mut secret);
+        let own = OwnKeys {
+            server: server.to_owned(),
+            registration_id: device.registration_id,
+            credential_secret: secret.into(),
+            identity_key: device.identity_key.into(),
+            upload,
+        };
+        let kept = serde_json::to_vec(&own).map_err(|error| Error::Damaged(error.to_string()))?;
+        sql::set_meta(&self.connection, REGISTRATION, &Zeroizing::new(kept))?;
+        Ok(own)
     }
 
     /// The server took the device in.
@@ -61,6 +88,8 @@ impl Db {
         })?;
         sql::set_meta(&self.connection, "server", server.as_bytes())?;
         sql::set_meta(&self.connection, "credential", registered.credential.as_bytes())?;
+        sql::set_meta_number(&self.connection, FIRST_MESSAGE_ID, registered.first_message_id)?;
+        sql::remove_meta(&self.connection, REGISTRATION)?;
         self.contact(address.account)?;
         self.set_own_identities(&registered.identities)?;
         self.keys_rotated()

@@ -4,6 +4,7 @@ use bytes::Bytes;
 use prost::Message as _;
 use rusqlite::{OptionalExtension as _, params};
 
+use super::account::FIRST_MESSAGE_ID;
 use super::{Db, Error, sql};
 use crate::client::core::content::{self, Content, Kind, MessageId};
 use crate::client::core::repair::{self, Answer, Next, Plan};
@@ -82,10 +83,12 @@ impl Db {
     }
 
     fn next_id(&self, to: AccountId) -> Result<ClientMessageId, Error> {
+        // Another device may have had this one's number: what it used would be taken for a repeat.
+        let first = sql::meta_number(&self.connection, FIRST_MESSAGE_ID)?.max(1);
         let mut next = self
             .connection
-            .prepare_cached("INSERT INTO counters VALUES (?1, 1) ON CONFLICT (account) DO UPDATE SET last = last + 1 RETURNING last")?;
-        Ok(ClientMessageId(sql::uint(next.query_row([to], |row| row.get(0))?)))
+            .prepare_cached("INSERT INTO counters VALUES (?1, ?2) ON CONFLICT (account) DO UPDATE SET last = last + 1 RETURNING last")?;
+        Ok(ClientMessageId(sql::uint(next.query_row(params![to, sql::int(first)], |row| row.get(0))?)))
     }
 
     fn row(&self, id: i64) -> Result<Option<Row>, Error> {

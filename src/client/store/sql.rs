@@ -65,6 +65,11 @@ pub(super) fn set_meta(connection: &Connection, key: &str, value: &[u8]) -> rusq
     statement.execute(params![key, value]).map(|_| ())
 }
 
+/// Removes a value of the `meta` table.
+pub(super) fn remove_meta(connection: &Connection, key: &str) -> rusqlite::Result<()> {
+    connection.prepare_cached("DELETE FROM meta WHERE key = ?1")?.execute([key]).map(|_| ())
+}
+
 /// A number of the `meta` table; 0 if it was never set.
 pub(super) fn meta_number(connection: &Connection, key: &str) -> rusqlite::Result<u64> {
     let bytes = meta(connection, key)?.unwrap_or_default();

@@ -5,6 +5,7 @@ use axum::extract::{Extension, Path, State};
 use axum::http::StatusCode;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
+use zeroize::Zeroizing;
 
 use super::account::identity_of;
 use super::model::{B64, OneTimePrekey, SignedPrekey};
@@ -17,7 +18,7 @@ use crate::edge::{EdgeState, accounts};
 use crate::ids::{DeviceAddr, DeviceId, Identity, RegistrationId};
 use crate::keys::Upload;
 use crate::limits;
-use crate::wire::event::{AccountRecord, NewDevice, SignedKey};
+use crate::wire::event::{NewDevice, SignedKey};
 
 /// A new device.
 #[derive(Debug, Deserialize, ToSchema)]
@@ -30,6 +31,10 @@ pub struct Registration {
     pub name: String,
     /// 1 to 16,380, random: tells apart two installations that had the same device id.
     pub registration_id: u32,
+    /// 32 random bytes that become the secret of the device's credential, chosen and kept by the device before it asks. With
+    /// them the call is idempotent: the same again is answered with the same device. Without them the server chooses.
+    #[serde(default)]
+    pub credential_secret: Option<B64>,
     /// libsignal's serialization of the public identity key, 33 bytes. Each device has its own.
     pub identity_key: B64,
     /// The signed EC prekey (33 bytes).
@@ -55,6 +60,10 @@ pub struct Registered {
     /// `Authorization: Bearer <credential>` from now on. Shown only this once: keep it as a secret.
     #[schema(example = "sp1_…")]
     pub credential: String,
+    /// Where this device's client message ids begin, for each recipient. An earlier device may have had its number, and ids that
+    /// one used are taken for repeats.
+    #[schema(example = 1_795_509_657_239_u64, minimum = 1)]
+    pub first_message_id: u64,
     /// All identities that are linked to the account now.
     pub identities: Vec<String>,
 }
@@ -82,8 +91,10 @@ async fn identities_of(state: &EdgeState, tokens: &[String]) -> Result<Vec<Ident
 /// Registers a device
 ///
 /// Needs no credential: the realm tokens prove the person, and the answer carries the device's credential. All keys and
-/// signatures are verified before anything is kept. Not idempotent: a repeat makes another device; revoke the one whose
-/// answer was lost (`GET /v1/account` lists them).
+/// signatures are verified before anything is kept. Idempotent if the request holds a `credential_secret`: repeated with the
+/// same secret and keys, it is answered with the device that the first one made, whose keys stay as they are (`GET /v1/keys`
+/// tells how many one-time ones are left). Without one a repeat makes another device; revoke the one whose answer was lost
+/// (`GET /v1/account` lists them).
 ///
 /// `signed_prekey.signature` and the signatures of Kyber keys are XEdDSA signatures of the identity key over exactly the bytes
 /// of `public_key`, type byte included: what libsignal's `calculateSignature(publicKey.serialize())` makes.
@@ -95,7 +106,7 @@ async fn identities_of(state: &EdgeState, tokens: &[String]) -> Result<Vec<Ident
         (status = 400, description = "`bad_request`: malformed, or a key or signature is wrong; the message says which", body = ErrorBody),
         (status = 401, description = "`unauthenticated`: a realm token is not valid; the message says why", body = ErrorBody),
         (status = 403, description = "`limit_reached`: the account has 10 devices, or 8 identities", body = ErrorBody),
-        (status = 409, description = "`conflict`: a further token's identity is another account's", body = ErrorBody),
+        (status = 409, description = "`conflict`: a further token's identity is another account's, or a device with other keys has the same `credential_secret`", body = ErrorBody),
         (status = 413, body = ErrorBody),
         (status = 429, description = "`rate_limited`: too many registrations from this address", body = ErrorBody),
         (status = 503, description = "`unavailable`: nothing was registered; try again", body = ErrorBody),
@@ -119,7 +130,10 @@ pub async fn register(
         pq_one_time: body.pq_one_time_prekeys.into_iter().map(Into::into).collect(),
     };
     let upload = upload.verify(body.identity_key.0.clone()).await?;
-    let secret = DeviceSecret::random(state.random.as_ref());
+    let secret = match body.credential_secret {
+        Some(chosen) => chosen_secret(Zeroizing::new(chosen.0))?,
+        None => DeviceSecret::random(state.random.as_ref()),
+    };
     let device = NewDevice {
         name,
         registration_id,
@@ -128,9 +142,11 @@ pub async fn register(
         signed_prekey,
         pq_last_resort,
     };
-    let addr = accounts::register(&state, &identities, &device).await?;
-    let record = match stock(&state, addr, upload).await {
-        Ok(record) => record,
+    let accounts::Registered { addr, made } = accounts::register(&state, &identities, &device).await?;
+    // Not again for a repeat: a one-time key that somebody has by now would be handed out twice.
+    let stocked = if made { stock(&state, addr, upload).await } else { Ok(()) };
+    let record = match stocked {
+        Ok(()) => accounts::own(&state, addr).await?,
         Err(error) => {
             // Its owner would never get the credential: a device like that must not stay. If even this fails, it is
             // listed in the account, and can be revoked there.
@@ -139,21 +155,33 @@ pub async fn register(
         }
     };
     let credential = Credential { device: addr, secret };
+    // A device sends less than a message a millisecond to anybody, so its predecessor's ids are behind this.
+    let created = record.devices.iter().find(|device| device.id == addr.device).map_or(0, |device| device.created.0);
     let answer = Registered {
         account_id: addr.account.to_string(),
         device_id: addr.device.get(),
         credential: credential.to_text().to_string(),
+        first_message_id: created.max(1),
         identities: record.identities.iter().map(Identity::to_string).collect(),
     };
     Ok((StatusCode::CREATED, Json(answer)))
 }
 
 /// Fills a new device's pools of one-time prekeys.
-async fn stock(state: &EdgeState, device: DeviceAddr, upload: Upload) -> Result<AccountRecord, ApiError> {
+async fn stock(state: &EdgeState, device: DeviceAddr, upload: Upload) -> Result<(), ApiError> {
     // Its number may be one that an earlier device had, whose keys must not come back.
     state.keys.forget(device).await?;
     state.keys.add_one_time(device, upload.one_time, upload.pq_one_time).await?;
-    accounts::own(state, device).await
+    Ok(())
+}
+
+fn chosen_secret(bytes: Zeroizing<Vec<u8>>) -> Result<DeviceSecret, ApiError> {
+    let bytes: Zeroizing<[u8; 32]> =
+        Zeroizing::new(bytes.as_slice().try_into().map_err(|_| ApiError::bad_request("credential_secret must be 32 random bytes"))?);
+    if bytes.iter().all(|byte| *byte == bytes[0]) {
+        return Err(ApiError::bad_request("credential_secret must be random"));
+    }
+    Ok(DeviceSecret::chosen(*bytes))
 }
 
 /// A device's new name.

@@ -17,8 +17,8 @@ use crate::wire::stream;
 /// Everything that one message needs for one recipient account.
 #[derive(Debug, Deserialize, ToSchema)]
 pub struct SendMessage {
-    /// From 1, growing for each pair (sending device, recipient account). A repeat of an id is answered as accepted and delivered
-    /// once. An id more than 127 behind the highest one is refused (`stale_message_id`).
+    /// Growing for each pair (sending device, recipient account), from the registration's `first_message_id`. A repeat of an id is
+    /// answered as accepted and delivered once. An id more than 127 behind the highest one is refused (`stale_message_id`).
     #[schema(minimum = 1)]
     pub client_message_id: u64,
     /// Wake the recipient up (push notification) rather than wait until it comes.
