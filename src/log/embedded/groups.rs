@@ -7,7 +7,7 @@ use std::sync::Arc;
 use tokio::sync::Notify;
 
 use crate::log::Topic;
-use crate::log::embedded::options::PartitionCounts;
+use crate::log::PartitionCounts;
 
 /// A consumer's number within the process.
 pub(super) type MemberId = u64;
