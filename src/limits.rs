@@ -97,6 +97,8 @@ pub const KAFKA_DELIVERY_MS: u64 = 15_000;
 pub const KAFKA_CALL_MS: u64 = 10_000;
 /// How long opening waits for a broker and for the topics' leaders.
 pub const KAFKA_OPEN_MS: u64 = 10_000;
+/// How long a topic that is missing may only be news that has not reached the broker yet.
+pub const KAFKA_NEWS_MS: u64 = 2_000;
 /// Bytes that the driver fetches ahead for one consumer.
 pub const KAFKA_PREFETCH_BYTES: usize = 16 * 1024 * 1024;
 /// Bytes that a consumer of Kafka is given at once: copying them is a millisecond or two of its task.

@@ -194,7 +194,10 @@ fn describe() {
     describe_counter!("sealpost_delivery_acks_total", "Acknowledgements taken");
     describe_counter!("sealpost_keys_bundles_total", "Key bundles handed out");
     describe_counter!("sealpost_keys_one_time_total", "What bundle fetches got of the pools of one-time prekeys");
-    describe_histogram!("sealpost_log_commit_seconds", "One group commit of the log, from first write to synced; on Kafka from submitted to acknowledged, the first of each batch");
+    describe_histogram!(
+        "sealpost_log_commit_seconds",
+        "One group commit of the log, from first write to synced; on Kafka from submitted to acknowledged, the first of each batch"
+    );
     describe_counter!("sealpost_log_records_total", "Records made durable");
     describe_counter!("sealpost_log_written_bytes_total", "Bytes made durable");
     describe_counter!("sealpost_log_failures_total", "Writes and syncs, or appends to brokers, that failed");

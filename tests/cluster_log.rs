@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use parking_lot::Mutex;
-use sealpost::ids::{Offset, Partition};
+use sealpost::clock::SystemRandom;
+use sealpost::ids::{EdgeId, Offset, Partition};
 use sealpost::log::kafka::{KafkaLog, KafkaOpenError, KafkaOptions, NewKafkaTopic, create_topics, delete_topics};
 use sealpost::log::{AppendError, AppendSink, Consumed, EventLog, PartitionCounts, ReadError, Topic, TopicPartition, conformance};
 
@@ -25,7 +26,7 @@ fn brokers() -> Option<String> {
 /// A log of its own on the cluster, with its own topics.
 fn options(brokers: &str) -> KafkaOptions {
     let mut options = KafkaOptions::new(brokers);
-    options.prefix = format!("test-{}-", uuid::Uuid::new_v4().simple());
+    options.prefix = format!("test-{}-", EdgeId::random(&SystemRandom));
     options.session_timeout = Duration::from_secs(6);
     options
 }
@@ -134,7 +135,7 @@ async fn append_while(log: &Arc<KafkaLog>, fates: &Arc<Fates>, on: &AtomicBool, 
             Err(error) => panic!("the log refuses: {error}"),
         }
         submitted.store(n as usize, Ordering::Relaxed);
-        if n % 10 == 0 {
+        if n.is_multiple_of(10) {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }

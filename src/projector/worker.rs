@@ -472,7 +472,9 @@ impl Worker {
 async fn append(log: &dyn EventLog, to: TopicPartition, payload: Bytes) -> Result<(), AppendError> {
     loop {
         match log.append(to, payload.clone()).await {
-            Err(AppendError::Full | AppendError::Unavailable(_) | AppendError::Unknown(_)) => tokio::time::sleep(Duration::from_millis(20)).await,
+            Err(AppendError::Full | AppendError::Unavailable(_) | AppendError::Unknown(_)) => {
+                tokio::time::sleep(Duration::from_millis(20)).await
+            }
             other => return other.map(drop),
         }
     }

@@ -148,7 +148,13 @@ pub(super) struct KafkaConsumer {
 }
 
 impl KafkaConsumer {
-    pub fn join(options: &KafkaOptions, names: &Arc<Names>, group: &str, topics: &[Topic], closed: CancellationToken) -> Result<Self, ReadError> {
+    pub fn join(
+        options: &KafkaOptions,
+        names: &Arc<Names>,
+        group: &str,
+        topics: &[Topic],
+        closed: CancellationToken,
+    ) -> Result<Self, ReadError> {
         let mut driver = BaseConsumer::from_config_and_context(&options.consumer(group), Context::default()).map_err(unavailable)?;
         let wake = Arc::new(Notify::new());
         let waker = Arc::clone(&wake);
@@ -179,18 +185,37 @@ impl KafkaConsumer {
         self.send_commits()?;
         match std::mem::replace(&mut self.told, Told::Nothing) {
             Told::Nothing => {}
-            Told::Assigned(partitions) => self.take_up(partitions)?,
-            Told::Revoked(partitions) => self.give_back(&partitions)?,
+            Told::Assigned(partitions) => {
+                self.take_up(&partitions)?;
+                self.go_on(&partitions)?;
+            }
+            Told::Revoked(partitions) => {
+                self.give_back(&partitions)?;
+                self.go_on(&[])?;
+            }
         }
         Ok(())
     }
 
-    fn take_up(&mut self, partitions: Vec<TopicPartition>) -> Result<(), ReadError> {
+    /// Gets the partitions that stay going again after a step of a rebalance. The driver had paused them and dropped what it had
+    /// fetched; it resumes them by itself, but does not wake its fetching thread, which then sleeps for up to a second. A seek wakes it.
+    fn go_on(&self, fresh: &[TopicPartition]) -> Result<(), ReadError> {
+        let stay = self.owned.iter().filter(|(of, owned)| !owned.lost && owned.stuck.is_none() && !fresh.contains(of));
+        for (of, next) in stay.filter_map(|(of, owned)| Some((of, owned.next?))) {
+            let (topic, partition) = (self.names.of(of.topic), i32::from(of.partition.0));
+            if let Err(error) = self.driver()?.seek(topic, partition, names::position(next), Duration::ZERO) {
+                tracing::debug!(%error, "a partition goes on late");
+            }
+        }
+        Ok(())
+    }
+
+    fn take_up(&mut self, partitions: &[TopicPartition]) -> Result<(), ReadError> {
         let list = self.names.list(partitions.iter().map(|&of| (of, self.owned.get(&of).and_then(|owned| owned.next))));
         if let Err(error) = self.driver()?.incremental_assign(&list) {
             // The group moved on without us: whoever has them now, it is not us.
             tracing::warn!(%error, "assigned partitions were gone before they were taken up");
-            for of in &partitions {
+            for of in partitions {
                 if let Some(owned) = self.owned.get_mut(of) {
                     owned.lost = true;
                 }
@@ -243,7 +268,10 @@ impl KafkaConsumer {
                     let partitions: Vec<_> = partitions.iter().filter_map(|(topic, number)| self.names.parse(topic, *number)).collect();
                     if partitions.is_empty() {
                         // It waits for an answer even if there is nothing to take.
-                        self.driver()?.incremental_assign(&TopicPartitionList::new()).map_err(unavailable)?;
+                        if let Err(error) = self.driver()?.incremental_assign(&TopicPartitionList::new()) {
+                            tracing::debug!(%error, "an empty assignment");
+                        }
+                        self.go_on(&[])?;
                         continue;
                     }
                     metrics::observe_log_moved(Moved::Assigned, partitions.len());
@@ -266,10 +294,14 @@ impl KafkaConsumer {
                     }
                     let partitions: Vec<_> = partitions.into_iter().filter(|of| self.owned.contains_key(of)).collect();
                     if partitions.is_empty() {
+                        self.go_on(&[])?;
                         continue;
                     }
                     if lost {
-                        tracing::warn!(count = partitions.len(), "partitions were lost: this process was silent for longer than its session");
+                        tracing::warn!(
+                            count = partitions.len(),
+                            "partitions were lost: this process was silent for longer than its session"
+                        );
                     }
                     metrics::observe_log_moved(if lost { Moved::Lost } else { Moved::Revoked }, partitions.len());
                     self.told = Told::Revoked(partitions.clone());
@@ -299,7 +331,9 @@ impl KafkaConsumer {
     }
 
     fn take(&mut self, message: &BorrowedMessage<'_>) {
-        let (Some(of), Some(offset)) = (self.names.parse(message.topic(), message.partition()), names::offset(message.offset())) else { return };
+        let (Some(of), Some(offset)) = (self.names.parse(message.topic(), message.partition()), names::offset(message.offset())) else {
+            return;
+        };
         let Some(owned) = self.owned.get_mut(&of).filter(|owned| !owned.lost && owned.stuck.is_none()) else { return };
         match owned.next {
             Some(next) if offset < next => {

@@ -107,7 +107,8 @@ impl KafkaLog {
 
 /// Asks for the topics until all of them have leaders, or the time is up.
 fn wait_for_topics(producer: &Producer, options: &KafkaOptions) -> Result<PartitionCounts, KafkaOpenError> {
-    let until = Instant::now() + Duration::from_millis(limits::KAFKA_OPEN_MS);
+    let patience = Duration::from_millis(limits::KAFKA_OPEN_MS);
+    let until = Instant::now() + patience;
     loop {
         let left = until.saturating_duration_since(Instant::now());
         // All topics: asking for one that is not there could make it, if the cluster is set up so.
@@ -116,6 +117,10 @@ fn wait_for_topics(producer: &Producer, options: &KafkaOptions) -> Result<Partit
             Err(error) => Err(connect_error(producer, options, &error)),
         };
         match found {
+            // A broker may hear of a topic a moment after it was made.
+            Err(KafkaOpenError::TopicMissing(_)) if left > patience - Duration::from_millis(limits::KAFKA_NEWS_MS) => {
+                std::thread::sleep(Duration::from_millis(100));
+            }
             Err(error) if error.can_retry() && Instant::now() < until => std::thread::sleep(Duration::from_millis(100)),
             found => return found,
         }

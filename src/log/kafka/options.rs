@@ -101,7 +101,9 @@ pub enum KafkaOpenError {
         reason: String,
     },
     /// A broker answered, and TLS with it failed. A retry can't help.
-    #[error("TLS with the Kafka brokers at {brokers} failed ({reason}); check the authority's certificate file and the brokers' host names")]
+    #[error(
+        "TLS with the Kafka brokers at {brokers} failed ({reason}); check the authority's certificate file and the brokers' host names"
+    )]
     Tls {
         /// Where.
         brokers: String,
@@ -259,7 +261,7 @@ impl KafkaOptions {
             .set("partition.assignment.strategy", "cooperative-sticky")
             .set("session.timeout.ms", session_ms.to_string())
             // Who beats learns of a rebalance, so beats are frequent; they cost next to nothing.
-            .set("heartbeat.interval.ms", (session_ms / 12).clamp(100, 1000).to_string())
+            .set("heartbeat.interval.ms", (session_ms / 24).clamp(100, 1000).to_string())
             .set("max.poll.interval.ms", limits::KAFKA_OWNER_AWAY_MS.max(session_ms).to_string());
         config
     }

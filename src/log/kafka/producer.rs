@@ -102,7 +102,9 @@ impl ProducerContext for Context {
     fn delivery(&self, result: &DeliveryResult<'_>, delivery: Box<Delivery>) {
         let result = match result {
             // A retry that the broker recognised without knowing any more where the first one went.
-            Ok(message) => names::offset(message.offset()).ok_or_else(|| AppendError::Unknown("it is on the log, but not known where".to_owned())),
+            Ok(message) => {
+                names::offset(message.offset()).ok_or_else(|| AppendError::Unknown("it is on the log, but not known where".to_owned()))
+            }
             Err((error, _)) => Err(failed(error, &self.0)),
         };
         let mut outcomes = self.0.outcomes.lock();
@@ -176,7 +178,14 @@ impl Producer {
     }
 
     /// Hands a record to the driver, which copies it.
-    pub fn submit(&self, to: TopicPartition, names: &Names, payload: &Bytes, sink: &Arc<dyn AppendSink>, token: u64) -> Result<(), AppendError> {
+    pub fn submit(
+        &self,
+        to: TopicPartition,
+        names: &Names,
+        payload: &Bytes,
+        sink: &Arc<dyn AppendSink>,
+        token: u64,
+    ) -> Result<(), AppendError> {
         if payload.len() > limits::RECORD_BYTES {
             return Err(AppendError::TooLarge);
         }

@@ -21,6 +21,9 @@ use crate::log::{ReadError, Record, TopicPartition};
 /// How long one question to the driver waits before the clock is looked at.
 const STEP: Duration = Duration::from_millis(100);
 
+/// After so many without a record a read ends with what it has.
+const SILENT_STEPS: u32 = 5;
+
 /// The first offset of a partition and the one that its next record gets.
 pub(super) fn bounds<C: ClientContext>(client: &Client<C>, names: &Names, of: TopicPartition) -> Result<(Offset, Offset), ReadError> {
     let until = Instant::now() + Duration::from_millis(limits::KAFKA_CALL_MS);
@@ -28,7 +31,8 @@ pub(super) fn bounds<C: ClientContext>(client: &Client<C>, names: &Names, of: To
         let left = until.saturating_duration_since(Instant::now());
         match client.fetch_watermarks(names.of(of.topic), i32::from(of.partition.0), left.max(STEP)) {
             Ok((low, high)) => {
-                let offset = |number| names::offset(number).ok_or_else(|| ReadError::Unavailable("the broker does not know the bounds".to_owned()));
+                let offset =
+                    |number| names::offset(number).ok_or_else(|| ReadError::Unavailable("the broker does not know the bounds".to_owned()));
                 return Ok((offset(low)?, offset(high)?));
             }
             // A new leader, most often.
@@ -82,7 +86,14 @@ impl ConsumerContext for Quiet {}
 pub(super) struct Readers(Mutex<Vec<BaseConsumer<Quiet>>>);
 
 impl Readers {
-    pub fn read(&self, options: &KafkaOptions, names: &Names, of: TopicPartition, from: Offset, bytes_max: usize) -> Result<Vec<Record>, ReadError> {
+    pub fn read(
+        &self,
+        options: &KafkaOptions,
+        names: &Names,
+        of: TopicPartition,
+        from: Offset,
+        bytes_max: usize,
+    ) -> Result<Vec<Record>, ReadError> {
         let idle = self.0.lock().pop();
         let reader = match idle {
             Some(reader) => reader,
@@ -120,16 +131,16 @@ fn read(reader: &BaseConsumer<Quiet>, names: &Names, of: TopicPartition, from: O
     }
     reader.assign(&names.list([(of, Some(from))])).map_err(|error| read_failed(&error))?;
     let until = Instant::now() + Duration::from_millis(limits::KAFKA_CALL_MS);
-    let mut bytes = 0;
+    let (mut bytes, mut silent) = (0, 0);
     loop {
-        // The first is waited for, others are taken if they are there.
-        match reader.poll(if records.is_empty() { STEP } else { Duration::ZERO }) {
+        match reader.poll(STEP) {
             Some(Ok(message)) => {
                 let Some(offset) = names::offset(message.offset()) else { continue };
                 if names.parse(message.topic(), message.partition()) != Some(of) || offset < from {
                     continue;
                 }
                 let record = record(offset, &message);
+                silent = 0;
                 bytes += record.payload.len();
                 records.push(record);
                 if bytes >= bytes_max.min(limits::LOG_BATCH_BYTES) || offset.next() >= end {
@@ -137,9 +148,10 @@ fn read(reader: &BaseConsumer<Quiet>, names: &Names, of: TopicPartition, from: O
                 }
             }
             Some(Err(error)) if !may_pass(&error) => return Err(read_failed(&error)),
-            _ if !records.is_empty() => return Ok(records),
+            // The last offsets may be a hole.
+            _ if !records.is_empty() && silent >= SILENT_STEPS => return Ok(records),
             _ if Instant::now() > until => return Err(ReadError::Unavailable("the broker does not answer".to_owned())),
-            _ => {}
+            _ => silent += 1,
         }
     }
 }
