@@ -5,11 +5,12 @@ CARGO ?= cargo
 FUZZ_SECONDS ?= 20
 
 .DEFAULT_GOAL := help
-.PHONY: help demo build test fmt lint unit doc features wasm deny bench fuzz kill-audit tools wasm-target
+.PHONY: help demo build test test-cluster fmt lint unit doc features wasm deny bench fuzz kill-audit tools wasm-target
 
 help:
 	@echo "make demo        build, then a narrated conversation through a broker that is killed on the way"
 	@echo "make test        everything that CI runs: format, lints, tests, documentation, wasm32, licences"
+	@echo "make test-cluster  the tests on a real Kafka and Cassandra, started for them (Java 17; Maven for the first time)"
 	@echo "make bench       log append, apply, bundle fetch, edge round trip, backlog drain"
 	@echo "make kill-audit  200 random kill -9 of a broker under load, every accepted id audited"
 	@echo "make fuzz        every fuzz target for $(FUZZ_SECONDS) s each"
@@ -30,6 +31,15 @@ lint: tools
 
 unit: tools
 	$(CARGO) test --all-features
+
+# Compiled first, so that the servers do not wait; brought down whatever happens.
+test-cluster: tools
+	$(CARGO) test --all-features --test 'cluster_*' --no-run
+	@dir=$$(mktemp -d "$${TMPDIR:-/tmp}/sealpost-cluster.XXXXXX"); \
+	trap 'topology/local down --dir "$$dir" && rm -rf "$$dir"' EXIT; trap 'exit 130' INT TERM; \
+	topology/local up --dir "$$dir" --only kafka,cassandra && \
+	servers=$$(topology/local env --dir "$$dir") && \
+	env $$servers $(CARGO) test --all-features --test 'cluster_*' -- --test-threads=1 --nocapture
 
 doc: tools
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --no-deps --all-features

@@ -85,6 +85,31 @@ pub const LOG_GROUPS: usize = 64;
 pub const LOG_GROUP_MEMBERS: usize = 256;
 /// Old segments whose file and index stay open for readers that lag.
 pub const LOG_OPEN_SEGMENTS: usize = 4;
+
+/// What a record that waits for Kafka counts besides its payload: the driver's and our own bookkeeping.
+pub const KAFKA_RECORD_OVERHEAD_BYTES: usize = 256;
+/// Largest Kafka message: a record and its framing. Topics must take that much (`max.message.bytes`).
+pub const KAFKA_MESSAGE_BYTES: usize = RECORD_BYTES + 16 * 1024;
+/// Records that go to Kafka in one batch of a partition, in bytes; a single larger record goes alone.
+pub const KAFKA_BATCH_BYTES: usize = 1024 * 1024;
+/// How long Kafka may take to acknowledge an append, retries included; after that its outcome is unknown. Longer than the
+/// fail-over of a broker, shorter than people wait.
+pub const KAFKA_DELIVERY_MS: u64 = 15_000;
+/// How long a look-up (bounds, committed positions, a read) may take.
+pub const KAFKA_CALL_MS: u64 = 10_000;
+/// How long opening waits for a broker and for the topics' leaders.
+pub const KAFKA_OPEN_MS: u64 = 10_000;
+/// How long a topic that is missing may only be news that has not reached the broker yet.
+pub const KAFKA_NEWS_MS: u64 = 2_000;
+/// Bytes that the driver fetches ahead for one consumer.
+pub const KAFKA_PREFETCH_BYTES: usize = 16 * 1024 * 1024;
+/// Bytes that a consumer of Kafka is given at once: copying them is a millisecond or two of its task.
+pub const KAFKA_CONSUMED_BYTES: usize = 1024 * 1024;
+/// How long an owner of partitions may stay away from the log before they go to somebody else: longer than a store's outage that
+/// operators would sit out.
+pub const KAFKA_OWNER_AWAY_MS: u64 = 120_000;
+/// Connections for reads without a group that are kept for the next one.
+pub const KAFKA_IDLE_READERS: usize = 2;
 /// Bytes a coalescing window may hold in memory before it is written early.
 pub const WINDOW_BYTES: usize = 64 * 1024 * 1024;
 /// How long an envelope may stay in memory only (the log has it) before it is written to the store.

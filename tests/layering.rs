@@ -238,7 +238,7 @@ fn only_the_composition_root_picks_implementations() {
     let roots = ["server", "testing", "cli"];
     let mut wrong = Vec::new();
     for source in sources() {
-        for (seam, module) in [("log", "log::embedded"), ("store", "store::embedded")] {
+        for (seam, module) in [("log", "log::embedded"), ("log", "log::kafka"), ("store", "store::embedded"), ("store", "store::scylla")] {
             let inside = within(&source.module, seam) || roots.iter().any(|home| within(&source.module, home));
             if !inside && source.code.contains(module) {
                 wrong.push(format!("{} names {module}", source.module));
