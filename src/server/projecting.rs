@@ -1,0 +1,70 @@
+//! The projector's thread.
+
+use std::time::Duration;
+
+use tokio::sync::watch;
+
+use crate::projector::worker::{Pace, Parts as WorkerParts, Progress, Worker, WorkerError};
+use crate::server::ServerError;
+use crate::store::StoreError;
+
+/// The projector has its own thread: it is the one place where all messages pass, and it must not wait behind sockets.
+pub(super) fn spawn(
+    parts: WorkerParts,
+    stop: watch::Receiver<bool>,
+    failing: watch::Sender<Option<ServerError>>,
+) -> Result<(std::thread::JoinHandle<()>, watch::Receiver<Progress>), ServerError> {
+    let (outer, progress) = watch::channel(Progress::default());
+    let runtime = tokio::runtime::Handle::current();
+    let work = async move {
+        while !*stop.borrow() {
+            let (worker, mut inner) = Worker::new(parts.clone(), Pace::default());
+            let forward = async {
+                while inner.changed().await.is_ok() {
+                    outer.send_replace(*inner.borrow_and_update());
+                }
+                std::future::pending::<()>().await;
+            };
+            let outcome = tokio::select! {
+                outcome = worker.run(stop.clone()) => outcome,
+                () = forward => unreachable!("forwarding never ends"),
+            };
+            outer.send_modify(|progress| progress.caught_up = false);
+            match outcome {
+                Ok(()) => return,
+                Err(error @ (WorkerError::Decode { .. } | WorkerError::Store(StoreError::Corrupt(_)))) => {
+                    tracing::error!(%error, "the projector can't go on");
+                    failing.send_replace(Some(error.into()));
+                    return;
+                }
+                Err(error) => {
+                    tracing::error!(%error, "the projector failed; it starts again from its position");
+                    tokio::time::sleep(Duration::from_secs(1)).await;
+                }
+            }
+        }
+    };
+    let thread = std::thread::Builder::new().name("projector".to_owned()).spawn(move || runtime.block_on(work))?;
+    Ok((thread, progress))
+}
+
+pub(super) async fn wait_until_caught_up(
+    mut progress: watch::Receiver<Progress>,
+    mut failed: watch::Receiver<Option<ServerError>>,
+) -> Result<(), ServerError> {
+    let mut every = tokio::time::interval(Duration::from_secs(2));
+    every.tick().await;
+    loop {
+        tokio::select! {
+            caught_up = progress.wait_for(|progress| progress.caught_up) => {
+                return caught_up.map(|_| ()).map_err(|_| ServerError("the projector ended".to_owned()));
+            }
+            error = failed.wait_for(Option::is_some) => {
+                if let Some(error) = error.ok().and_then(|error| error.clone()) {
+                    return Err(error);
+                }
+            }
+            _ = every.tick() => tracing::info!("still applying what is on the log"),
+        }
+    }
+}
