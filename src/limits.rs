@@ -73,6 +73,18 @@ pub const LOG_CHUNK_BYTES: usize = 4 * 1024 * 1024;
 pub const LOG_TAIL_BYTES: usize = 64 * 1024 * 1024;
 /// Recent records that the log keeps in memory although every consumer has had them.
 pub const LOG_TAIL_KEPT_BYTES: usize = 2 * 1024 * 1024;
+/// Requests to the CQL cluster at once, of one process: enough to keep it busy, few enough to leave it to others.
+pub const CQL_IN_FLIGHT: usize = 128;
+/// How long one request to the CQL cluster may take, in milliseconds; past it the store counts as unavailable and is asked again.
+pub const CQL_REQUEST_MS: u64 = 5_000;
+/// How long one connection to a CQL server may take, in milliseconds.
+pub const CQL_CONNECT_MS: u64 = 5_000;
+/// How long opening the CQL store may take, in milliseconds.
+pub const CQL_OPEN_MS: u64 = 10_000;
+/// Rows asked for in one request to the CQL cluster.
+pub const CQL_PAGE_ROWS: usize = 512;
+/// Buckets and days of inboxes that a process knows to be listed; more are listed again.
+pub const CQL_LISTED: usize = 200_000;
 /// What is aimed at for one record of the push topic, in bytes: large enough to share a request, small enough to stay live.
 pub const PUSH_RECORD_BYTES: usize = 128 * 1024;
 /// Bytes that a consumer of the log is given at once.

@@ -46,7 +46,7 @@ mod projecting;
 mod rebuild;
 
 #[cfg(feature = "cluster")]
-pub use cluster::kafka_options;
+pub use cluster::{cql_options, kafka_options};
 pub use rebuild::{Rebuilt, rebuild};
 
 /// Why a broker did not start, or stopped by itself. Each says what to do.

@@ -21,7 +21,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
 const ONLY_THERE: &[(&str, &[&str])] = &[
     ("axum", &["edge", "testing"]),
     ("rdkafka", &["log/kafka"]),
-    ("scylla", &["store/scylla"]),
+    ("scylla", &["store/cql"]),
     ("fjall", &["store/embedded"]),
     ("rusqlite", &["client"]),
     ("clap", &["cli", "main", "config"]),

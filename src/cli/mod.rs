@@ -11,6 +11,7 @@ pub mod chat;
 pub mod child;
 pub mod demo;
 pub mod load;
+pub mod migrate;
 pub mod rebuild;
 pub mod serve;
 pub mod token;
@@ -31,6 +32,7 @@ enum Command {
     Chat(Box<chat::ChatArgs>),
     Demo(demo::Args),
     Load(Box<load::Args>),
+    Migrate(migrate::Args),
     Rebuild(rebuild::Args),
     Serve(serve::Args),
     Token(token::Args),
@@ -62,6 +64,7 @@ pub fn main() -> ExitCode {
             Command::Chat(args) => chat::run(*args).await,
             Command::Demo(args) => demo::run(args).await,
             Command::Load(args) => load::run(*args).await,
+            Command::Migrate(args) => migrate::run(args).await,
             Command::Rebuild(args) => rebuild::run(args).await,
             Command::Serve(args) => serve::run(args).await,
             Command::Token(args) => token::run(args).await,

@@ -112,16 +112,30 @@ pub struct Cql {
     pub tls: Option<CqlTls>,
 }
 
+impl Cql {
+    /// On these hosts, with the defaults.
+    pub fn on(hosts: String) -> Self {
+        Self { hosts, keyspace: keyspace(), state_keyspace: None, username: None, password: None, tls: None }
+    }
+}
+
+impl Kafka {
+    /// On these brokers, with the defaults.
+    pub const fn on(brokers: String) -> Self {
+        Self { brokers, prefix: String::new(), tls: None, sasl: None, session_timeout_ms: session_timeout_ms() }
+    }
+}
+
 fn keyspace() -> String {
     "sealpost".to_owned()
 }
 
 /// TLS to the store. Its certificates are always checked.
-#[derive(Debug, Clone, Default, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct CqlTls {
-    /// The authorities to trust (PEM). Default: the public ones.
-    pub ca: Option<PathBuf>,
+    /// The authorities to trust (PEM).
+    pub ca: PathBuf,
 }
 
 impl Config {
