@@ -3,6 +3,8 @@
 CARGO ?= cargo
 # Seconds for each fuzz target of `make fuzz`.
 FUZZ_SECONDS ?= 20
+# Kafka brokers of `make test-cluster`: 1, or 3 with replication 3 and at least 2 in sync.
+BROKERS ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help demo build test test-cluster fmt lint unit doc features wasm deny bench fuzz kill-audit tools wasm-target
@@ -37,7 +39,7 @@ test-cluster: tools
 	$(CARGO) test --all-features --test 'cluster_*' --no-run
 	@dir=$$(mktemp -d "$${TMPDIR:-/tmp}/sealpost-cluster.XXXXXX"); \
 	trap 'topology/local down --dir "$$dir" && rm -rf "$$dir"' EXIT; trap 'exit 130' INT TERM; \
-	topology/local up --dir "$$dir" --only kafka,cassandra && \
+	topology/local up --dir "$$dir" --brokers $(BROKERS) --only kafka,cassandra && \
 	servers=$$(topology/local env --dir "$$dir") && \
 	env $$servers $(CARGO) test --all-features --test 'cluster_*' -- --test-threads=1 --nocapture
 
