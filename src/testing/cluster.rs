@@ -1,6 +1,11 @@
 //! Brokers on a real Kafka and a real CQL store, each test with topics and keyspaces of its own.
 
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
+
+use anyhow::Context as _;
+use parking_lot::Mutex;
 
 use crate::config::{Config, Cql, Kafka, Role};
 use crate::log::Topic;
@@ -49,12 +54,19 @@ impl TestCluster {
         Ok(Some(Self { kafka, cql }))
     }
 
-    /// The same, if tests are to run on the cluster profile.
-    pub(super) async fn for_every_test() -> anyhow::Result<Option<Self>> {
-        match std::env::var(PROFILE).as_deref() {
-            Ok("cluster") => Self::new("the test").await,
-            _ => Ok(None),
+    /// Those of the broker that has this folder, if tests are to run on the cluster profile; the same again after a restart.
+    pub async fn of_folder(folder: &Path) -> anyhow::Result<Option<Self>> {
+        static KNOWN: Mutex<BTreeMap<PathBuf, TestCluster>> = Mutex::new(BTreeMap::new());
+        if std::env::var(PROFILE).as_deref() != Ok("cluster") {
+            return Ok(None);
         }
+        let known = KNOWN.lock().get(folder).cloned();
+        if known.is_some() {
+            return Ok(known);
+        }
+        let made = Self::new("the test").await?.with_context(|| format!("{PROFILE}=cluster needs {KAFKA} and {CQL}"))?;
+        KNOWN.lock().insert(folder.to_owned(), made.clone());
+        Ok(Some(made))
     }
 
     /// A process of it that plays this role.

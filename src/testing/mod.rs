@@ -53,7 +53,7 @@ impl Broker {
         config.log.segment_bytes = 4 << 20;
         config.timeouts.drain_ms = 2_000;
         #[cfg(feature = "cluster")]
-        if let Some(cluster) = cluster::TestCluster::for_every_test().await? {
+        if let Some(cluster) = cluster::TestCluster::of_folder(dir.path()).await? {
             cluster.join(&mut config, crate::config::Role::All);
         }
         change(&mut config);
