@@ -75,6 +75,8 @@ pub const LOG_TAIL_BYTES: usize = 64 * 1024 * 1024;
 pub const LOG_TAIL_KEPT_BYTES: usize = 2 * 1024 * 1024;
 /// Requests to the CQL cluster at once, of one process: enough to keep it busy, few enough to leave it to others.
 pub const CQL_IN_FLIGHT: usize = 128;
+/// Writes of a flush at once: nobody waits for a flush, and what somebody waits for must not stand behind thousands of its rows.
+pub const CQL_WRITES_AT_ONCE: usize = 8;
 /// How long one request to the CQL cluster may take, in milliseconds; past it the store counts as unavailable and is asked again.
 pub const CQL_REQUEST_MS: u64 = 5_000;
 /// How long one connection to a CQL server may take, in milliseconds.
@@ -128,6 +130,13 @@ pub const WINDOW_BYTES: usize = 64 * 1024 * 1024;
 pub const WINDOW_MS: u64 = 1_000;
 /// How soon receipts leave, and items of devices without a stream are readable by polls: long enough to put many together.
 pub const RECEIPT_DELAY_MS: u64 = 25;
+/// The same on a cluster, where each partition's share is a request of its own.
+pub const CLUSTER_RECEIPT_DELAY_MS: u64 = 60;
+/// How long an edge gathers acknowledgements before it appends them: far below the coalescing window, so that what is acknowledged
+/// still never reaches the store.
+pub const ACK_DELAY_MS: u64 = 5;
+/// The same on a cluster, where each partition's share is a request of its own.
+pub const CLUSTER_ACK_DELAY_MS: u64 = 40;
 /// Entries in one `Receipts` event; more go into the next.
 pub const RECEIPT_ENTRIES: usize = 1_024;
 /// Inboxes and dedupe marks that a projector keeps in memory; clean ones are dropped past that.

@@ -30,12 +30,13 @@ use crate::edge::serve::{Listener, Options as ServeOptions, ServeError, serve};
 use crate::edge::{EdgeState, Health, Operations, Parts, router};
 use crate::ids::EdgeId;
 use crate::keys::KeyService;
+use crate::limits;
 use crate::log::embedded::OpenError as LogOpenError;
 use crate::log::{AppendError, EventLog, Follow, Topic};
 use crate::metrics;
 use crate::projector::push::{Push, PushBus};
 use crate::projector::push_topic::{self, PushTarget, PushTopic};
-use crate::projector::worker::{Parts as WorkerParts, Progress, WorkerError};
+use crate::projector::worker::{Pace, Parts as WorkerParts, Progress, WorkerError};
 use crate::store::embedded::OpenError as StoreOpenError;
 use crate::store::{DeliveryStore, DirectoryStore, KeyStore, StoreError};
 
@@ -114,6 +115,13 @@ fn dev_realm(config: &Config, random: &dyn Random) -> Result<Option<DevRealm>, S
     Ok(Some(DevRealm::open(&config.data, random)?))
 }
 
+fn pace(config: &Config) -> Pace {
+    match config.is_cluster() {
+        true => Pace { soon: Duration::from_millis(limits::CLUSTER_RECEIPT_DELAY_MS), ..Pace::default() },
+        false => Pace::default(),
+    }
+}
+
 /// What an edge is made of, before it serves.
 struct Edge {
     hub: Arc<Hub>,
@@ -154,6 +162,7 @@ impl Edge {
             Arc::clone(&directory),
             Arc::clone(&acceptor),
             Arc::clone(&random),
+            Duration::from_millis(if config.is_cluster() { limits::CLUSTER_ACK_DELAY_MS } else { limits::ACK_DELAY_MS }),
         ));
         Ok(Self { hub, directory, acceptor, realms, dev, clock, random })
     }
@@ -229,7 +238,7 @@ impl Broker {
                 bus,
                 clock: Arc::clone(&clock),
             };
-            let (thread, watching) = projecting::spawn(parts, projector_stops, failing.clone())?;
+            let (thread, watching) = projecting::spawn(parts, pace(&config), projector_stops, failing.clone())?;
             if !config.is_cluster() {
                 projecting::wait_until_caught_up(watching.clone(), failed.clone()).await?;
             }

@@ -11,6 +11,7 @@ use crate::store::StoreError;
 /// The projector has its own thread: it is the one place where all messages pass, and it must not wait behind sockets.
 pub(super) fn spawn(
     parts: WorkerParts,
+    pace: Pace,
     stop: watch::Receiver<bool>,
     failing: watch::Sender<Option<ServerError>>,
 ) -> Result<(std::thread::JoinHandle<()>, watch::Receiver<Progress>), ServerError> {
@@ -18,7 +19,7 @@ pub(super) fn spawn(
     let runtime = tokio::runtime::Handle::current();
     let work = async move {
         while !*stop.borrow() {
-            let (worker, mut inner) = Worker::new(parts.clone(), Pace::default());
+            let (worker, mut inner) = Worker::new(parts.clone(), pace);
             let forward = async {
                 while inner.changed().await.is_ok() {
                     outer.send_replace(*inner.borrow_and_update());

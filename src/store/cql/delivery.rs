@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use scylla::serialize::batch::BatchValues;
 use scylla::statement::batch::{Batch, BatchType};
 
 use super::{CqlStore, all, corrupt, each, gather, number, unavailable};
@@ -14,11 +15,14 @@ use crate::store::{DeliveryStore, DeliveryWrite, InboxState, Mark, MarkKey, Pend
 
 /// Positions of the log in one bucket of an inbox, as a power of two.
 const BUCKET_BITS: u32 = 18;
-/// Buckets of the marks of a recipient.
-const MARK_BUCKETS: u8 = 16;
+/// Buckets of the marks of a recipient: more would make the partitions of those whom everybody writes to smaller, and the batches of a
+/// flush, each within one partition, too.
+const MARK_BUCKETS: u8 = 4;
 /// Rows of one partition that go in one batch, and their bytes: below what servers warn of.
 const BATCH_ROWS: usize = 16;
 const BATCH_BYTES: usize = 32 * 1024;
+/// Marks of one partition that go in one batch; each is some hundred bytes.
+const MARK_BATCH_ROWS: usize = 64;
 /// How much longer rows live than their envelopes: expiry is said by an event, which comes first.
 const TTL_MARGIN_MS: u64 = 2 * DAY_MS;
 const DAY_MS: u64 = 24 * 3600 * 1000;
@@ -74,7 +78,7 @@ impl DeliveryStore for CqlStore {
         self.put(&write.put).await?;
         all(gather(write.inboxes.iter().map(|(device, state)| self.put_inbox(device, state)))).await?;
         all(gather(write.drop_to.iter().map(|(device, to)| self.drop_to(device, settled.get(device).copied(), *to)))).await?;
-        all(gather(write.marks.iter().map(|(key, mark)| self.put_mark(key, mark)))).await?;
+        self.put_marks(&write.marks).await?;
         all(gather(write.positions.iter().map(|(partition, next)| self.put_position(keyspace::TOPIC_INBOX, *partition, *next)))).await
     }
 
@@ -181,11 +185,26 @@ impl CqlStore {
         row.map(|(mark,)| keyspace::decode(mark, "a mark")).transpose()
     }
 
-    async fn put_mark(&self, key: &MarkKey, mark: &Mark) -> Result<(), StoreError> {
-        let sender = keyspace::device(key.sender);
-        let recipient = &key.recipient.as_bytes()[..];
-        let values = (recipient, mark_bucket(key), &sender[..], keyspace::encode_mark(mark), number(mark.applied.0));
-        self.execute(&self.statements.mark_put, values).await
+    /// Marks in batches, each within one partition.
+    async fn put_marks(&self, marks: &[(MarkKey, Mark)]) -> Result<(), StoreError> {
+        let mut partitions: BTreeMap<(AccountId, i8), Vec<&(MarkKey, Mark)>> = BTreeMap::new();
+        for mark in marks {
+            partitions.entry((mark.0.recipient, mark_bucket(&mark.0))).or_default().push(mark);
+        }
+        let batches = partitions.iter().flat_map(|(partition, marks)| marks.chunks(MARK_BATCH_ROWS).map(move |some| (partition, some)));
+        all(gather(batches.map(|((recipient, bucket), some)| self.put_mark_batch(recipient, *bucket, some)))).await
+    }
+
+    async fn put_mark_batch(&self, recipient: &AccountId, bucket: i8, marks: &[&(MarkKey, Mark)]) -> Result<(), StoreError> {
+        let mut batch = Batch::new(BatchType::Unlogged);
+        batch.set_is_idempotent(true);
+        let mut values = Vec::with_capacity(marks.len());
+        for (key, mark) in marks.iter().copied() {
+            batch.append_statement(self.statements.mark_put.clone());
+            let sender = keyspace::device(key.sender).to_vec();
+            values.push((&recipient.as_bytes()[..], bucket, sender, keyspace::encode_mark(mark), number(mark.applied.0)));
+        }
+        self.batch(&batch, values).await
     }
 
     async fn buckets(&self, device: &DeviceAddr, from: i64, to: i64, max: usize) -> Result<Vec<i64>, StoreError> {
@@ -273,8 +292,12 @@ impl CqlStore {
             batch.append_statement(self.statements.pending_put.clone());
             values.push((account, number_of, bucket, seq, body, ttl(), seq));
         }
+        self.batch(&batch, values).await
+    }
+
+    async fn batch(&self, batch: &Batch, values: impl BatchValues) -> Result<(), StoreError> {
         let _room = self.room.acquire().await.map_err(|_| super::closed())?;
-        self.session.batch(&batch, values).await.map(drop).map_err(unavailable)
+        self.session.batch(batch, values).await.map(drop).map_err(unavailable)
     }
 
     /// Up to where the inboxes that are about to drop something had dropped before: what lies below is gone already.

@@ -178,7 +178,7 @@ fn gather<F>(calls: impl IntoIterator<Item = F>) -> Vec<F> {
 
 /// Runs all, many at once; the first failure ends it.
 fn all<F: Future<Output = Result<(), StoreError>>>(calls: Vec<F>) -> impl Future<Output = Result<(), StoreError>> {
-    stream::iter(calls).map(Ok).try_for_each_concurrent(limits::CQL_IN_FLIGHT, |call| call)
+    stream::iter(calls).map(Ok).try_for_each_concurrent(limits::CQL_WRITES_AT_ONCE, |call| call)
 }
 
 /// Runs all, many at once; the answers in their order.
