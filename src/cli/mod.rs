@@ -15,6 +15,7 @@ pub mod migrate;
 pub mod rebuild;
 pub mod serve;
 pub mod token;
+pub mod topology;
 
 /// End-to-end encrypted messaging for social platforms: a broker that can read nothing, and its clients.
 #[derive(Debug, Parser)]
@@ -36,6 +37,7 @@ enum Command {
     Rebuild(rebuild::Args),
     Serve(serve::Args),
     Token(token::Args),
+    Topology(topology::Args),
 }
 
 /// Threads for short blocking calls, the stores' above all. Tokio's default of 512 buys no speed on a few cores, and each thread
@@ -68,6 +70,7 @@ pub fn main() -> ExitCode {
             Command::Rebuild(args) => rebuild::run(args).await,
             Command::Serve(args) => serve::run(args).await,
             Command::Token(args) => token::run(args).await,
+            Command::Topology(args) => topology::run(args).await,
         }
     });
     match outcome {

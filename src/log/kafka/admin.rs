@@ -1,8 +1,9 @@
 //! What is done to topics rather than with them.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
-use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
+use rdkafka::admin::{AdminClient, AdminOptions, AlterConfig, ConfigSource, NewTopic, ResourceSpecifier, TopicReplication};
 use rdkafka::client::DefaultClientContext;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 
@@ -13,7 +14,7 @@ use crate::log::kafka::options::KafkaOptions;
 use crate::log::{ReadError, Topic, TopicPartition};
 
 /// A topic as it shall be made.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NewKafkaTopic {
     /// Which.
     pub topic: Topic,
@@ -112,4 +113,77 @@ pub(super) async fn delete_records(options: &KafkaOptions, names: &Names, of: To
     let deleted = admin.delete_records(&list, &patience()).await.map_err(unavailable);
     let _ = tokio::task::spawn_blocking(move || drop(admin)).await;
     deleted?.elements().iter().try_for_each(|element| element.error()).map_err(unavailable)
+}
+
+/// A topic as it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FoundTopic {
+    /// How many partitions it has.
+    pub partitions: usize,
+    /// On how many brokers its first one is.
+    pub replication: usize,
+    /// What was set for it, apart from the cluster's defaults.
+    pub settings: BTreeMap<String, String>,
+}
+
+/// What a cluster has of ours.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FoundTopics {
+    /// How many brokers there are.
+    pub brokers: usize,
+    /// The topics that are there.
+    pub topics: BTreeMap<Topic, FoundTopic>,
+}
+
+/// Looks at these topics, with the prefix of the options.
+pub async fn describe_topics(options: &KafkaOptions, topics: &[Topic]) -> Result<FoundTopics, KafkaAdminError> {
+    let unavailable = |error: KafkaError| KafkaAdminError::Unavailable(error.to_string());
+    let admin = admin(options).map_err(unavailable)?;
+    let (admin, metadata) = tokio::task::spawn_blocking(move || {
+        let metadata = admin.inner().fetch_metadata(None, Duration::from_millis(limits::KAFKA_CALL_MS));
+        (admin, metadata)
+    })
+    .await
+    .map_err(|_| KafkaAdminError::Unavailable("the runtime is shutting down".to_owned()))?;
+    let metadata = metadata.map_err(unavailable)?;
+    let mut found = BTreeMap::new();
+    for &topic in topics {
+        let name = options.topic(topic);
+        let Some(there) = metadata.topics().iter().find(|there| there.name() == name && !there.partitions().is_empty()) else { continue };
+        let replication = there.partitions().first().map_or(0, |first| first.replicas().len());
+        let settings = settings_of(&admin, &name).await?;
+        found.insert(topic, FoundTopic { partitions: there.partitions().len(), replication, settings });
+    }
+    let brokers = metadata.brokers().len();
+    // Its thread is joined, which takes a moment.
+    let _ = tokio::task::spawn_blocking(move || drop(admin)).await;
+    Ok(FoundTopics { brokers, topics: found })
+}
+
+async fn settings_of(admin: &AdminClient<DefaultClientContext>, name: &str) -> Result<BTreeMap<String, String>, KafkaAdminError> {
+    let answer = admin.describe_configs(&[ResourceSpecifier::Topic(name)], &patience()).await;
+    let answer = answer.map_err(|error| KafkaAdminError::Unavailable(error.to_string()))?;
+    let refused = |code: RDKafkaErrorCode| KafkaAdminError::Refused { topic: name.to_owned(), reason: code.to_string() };
+    let mut settings = BTreeMap::new();
+    for resource in answer {
+        let set = resource.map_err(refused)?.entries.into_iter().filter(|entry| entry.source == ConfigSource::DynamicTopic);
+        settings.extend(set.filter_map(|entry| Some((entry.name, entry.value?))));
+    }
+    Ok(settings)
+}
+
+/// Changes settings of a topic; what else was set for it stays.
+pub async fn set_topic(options: &KafkaOptions, topic: Topic, settings: &[(String, String)]) -> Result<(), KafkaAdminError> {
+    let unavailable = |error: KafkaError| KafkaAdminError::Unavailable(error.to_string());
+    let (admin, name) = (admin(options).map_err(unavailable)?, options.topic(topic));
+    // The call replaces all settings of a topic, so those that stay are said again.
+    let mut all = settings_of(&admin, &name).await?;
+    all.extend(settings.iter().cloned());
+    let change = all.iter().fold(AlterConfig::new(ResourceSpecifier::Topic(&name)), |change, (key, value)| change.set(key, value));
+    let changed = admin.alter_configs([&change], &patience()).await.map_err(unavailable);
+    let _ = tokio::task::spawn_blocking(move || drop(admin)).await;
+    for result in changed? {
+        result.map_err(|(_, code)| KafkaAdminError::Refused { topic: name.clone(), reason: code.to_string() })?;
+    }
+    Ok(())
 }
