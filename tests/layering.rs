@@ -11,8 +11,9 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("limits", &[]),
     ("clock", &["ids", "limits"]),
     ("wire", &["ids", "limits", "clock"]),
-    ("log", &["ids", "limits", "clock", "metrics"]),
-    ("store", &["ids", "limits", "clock", "wire", "metrics"]),
+    ("background", &[]),
+    ("log", &["ids", "limits", "clock", "metrics", "background"]),
+    ("store", &["ids", "limits", "clock", "wire", "metrics", "background"]),
     ("client", &["ids", "limits", "clock", "wire"]),
     ("client/core", &["ids", "limits", "clock", "wire", "client"]),
 ];
