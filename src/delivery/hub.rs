@@ -11,6 +11,7 @@ use futures_util::future::BoxFuture;
 use parking_lot::Mutex;
 use tokio::sync::{Notify, watch};
 
+use crate::auth::KnownDevice;
 use crate::clock::Random;
 use crate::delivery::outbox::{FeedItem, Handle, TICK};
 use crate::delivery::sending::Acceptor;
@@ -107,8 +108,9 @@ impl Hub {
     }
 
     /// Registers a stream; the device's older one on this edge is told that it is over.
-    pub fn open(&self, device: DeviceAddr) -> Arc<Handle> {
-        let handle = Arc::new(Handle::new(device, self.attach_id(), self.tick()));
+    pub fn open(&self, known: KnownDevice) -> Arc<Handle> {
+        let device = known.addr;
+        let handle = Arc::new(Handle::new(known, self.attach_id(), self.tick()));
         if let Some(older) = self.shard(&device).lock().insert(device, Arc::clone(&handle)) {
             older.close(CloseReason::Replaced);
         }

@@ -10,6 +10,7 @@ use bytes::Bytes;
 use parking_lot::RwLock;
 use quick_cache::sync::Cache;
 
+use crate::auth::KnownDevice;
 use crate::clock::{Clock, Random};
 use crate::delivery::api::{OutgoingEnvelope, SendError, SendRequest, Sending};
 use crate::directory::{AccountView, Directory};
@@ -122,13 +123,18 @@ impl Acceptor {
     }
 
     /// Every check, then the sealed event.
-    pub fn check(&self, sender: DeviceAddr, request: &SendRequest, view: &AccountView, highest: &AtomicU64) -> Result<Checked, SendError> {
+    pub fn check(&self, known: KnownDevice, request: &SendRequest, view: &AccountView, highest: &AtomicU64) -> Result<Checked, SendError> {
+        let sender = known.addr;
         self.rate.check(&sender).map_err(|retry_after_ms| {
             metrics::observe_rate_limited(metrics::RateScope::Messages);
             SendError::RateLimited { retry_after_ms }
         })?;
         let sealer = allowed(sender, request, view)?;
         sizes(request)?;
+        if request.client_message_id < known.first_message_id {
+            // An earlier device of this number may have used it: what is taken for a repeat is answered OK and dropped.
+            return Err(SendError::BadRequest("client_message_id is lower than the first_message_id of the device's registration"));
+        }
         devices(sender, request, view)?;
         if self.any_full.load(Ordering::Relaxed) && !request.ephemeral {
             let full = self.full.read();
@@ -175,11 +181,11 @@ impl Acceptor {
 
 #[async_trait]
 impl Sending for Acceptor {
-    async fn send(&self, sender: DeviceAddr, request: SendRequest) -> Result<(), SendError> {
+    async fn send(&self, sender: KnownDevice, request: SendRequest) -> Result<(), SendError> {
         let accepted = async {
-            let (view, highest) = match self.cached(sender, &request) {
+            let (view, highest) = match self.cached(sender.addr, &request) {
                 Some(cached) => cached,
-                None => self.load(sender, &request).await?,
+                None => self.load(sender.addr, &request).await?,
             };
             let checked = self.check(sender, &request, &view, &highest)?;
             self.log.append(checked.to, checked.payload).await.map(|_| ()).map_err(|error| append_failed(&error))

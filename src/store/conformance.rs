@@ -268,6 +268,7 @@ pub fn account_record(number: u64, identities: &[&str]) -> AccountRecord {
         identity_key: vec![5; 33],
         credential_hash: [number as u8; 32],
         created: UnixMillis(3),
+        first_message_id: ClientMessageId(number),
     };
     AccountRecord {
         id: account(number),
@@ -276,6 +277,7 @@ pub fn account_record(number: u64, identities: &[&str]) -> AccountRecord {
         identities: identities.iter().map(|text| text.parse().expect("valid")).collect(),
         devices: vec![record],
         last_device: 1,
+        registrations: 1,
         blocked: vec![account(1), account(2)],
         applied: Offset(5),
     }

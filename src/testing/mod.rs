@@ -122,6 +122,8 @@ pub struct RawDevice {
     pub credential: String,
     /// Its registration id.
     pub registration_id: u32,
+    /// Where its client message ids begin.
+    pub first_message_id: u64,
 }
 
 /// An HTTP answer: status and JSON (null if there is none).
@@ -161,7 +163,8 @@ impl RawDevice {
         let device = DeviceId::new(answer["device_id"].as_u64().context("device_id")? as u32)?;
         let credential = answer["credential"].as_str().context("credential")?.to_owned();
         let registration_id = body["registration_id"].as_u64().context("registration_id")? as u32;
-        Ok(Self { base: base.to_owned(), http, addr: DeviceAddr { account, device }, credential, registration_id })
+        let first_message_id = answer["first_message_id"].as_u64().context("first_message_id")?;
+        Ok(Self { base: base.to_owned(), http, addr: DeviceAddr { account, device }, credential, registration_id, first_message_id })
     }
 
     /// The same device, talking to another edge.
