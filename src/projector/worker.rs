@@ -275,6 +275,10 @@ impl Worker {
         }
         for (record, event) in events {
             let at = Seq::at(Generation(0), record.offset);
+            if let InboxEvent::Expired { .. } = event {
+                // Pages are read from the store: they must not show for long what the sender is told has expired.
+                self.window_ends = Some(Instant::now());
+            }
             if let Some(step) = self.projection.apply(at, event, &record.payload) {
                 self.step(step).await?;
             }
