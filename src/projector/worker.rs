@@ -268,6 +268,11 @@ impl Worker {
         for record in batch {
             let event: InboxEvent<'_> = event::decode(&record.payload).map_err(|source| undecodable(tp, record, source))?;
             self.projection.needs(&event, &mut needs);
+            if matches!(event, InboxEvent::Expired { .. }) {
+                // Streams say the gap from now on; pages, which read the store, should not show for much longer what expired.
+                let soon = Instant::now() + self.pace.soon;
+                self.window_ends = Some(self.window_ends.map_or(soon, |at| at.min(soon)));
+            }
             events.push((record, event));
         }
         if !needs.is_empty() {
