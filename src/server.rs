@@ -26,9 +26,11 @@ use crate::edge::serve::{Listener, Options as ServeOptions, ServeError, serve};
 use crate::edge::{EdgeState, Health, Parts, router};
 use crate::ids::{EdgeId, Offset, Partition};
 use crate::keys::KeyService;
+use crate::limits;
 use crate::log::embedded::{EmbeddedLog, OpenError as LogOpenError, Options as LogOptions, PartitionCounts, Retention};
 use crate::log::{AppendError, EventLog, Topic, TopicPartition};
 use crate::metrics;
+use crate::projector::lag::Lag;
 use crate::projector::push::{Push, PushBus};
 use crate::projector::worker::{Pace, Parts as WorkerParts, Progress, Worker, WorkerError};
 use crate::store::embedded::{EmbeddedStore, OpenError as StoreOpenError, Options as StoreOptions};
@@ -71,10 +73,14 @@ struct Opened {
     store: Arc<EmbeddedStore>,
 }
 
-fn open(config: &Config, discard_view: bool) -> Result<Opened, ServerError> {
+/// Opens the store, and the log unless it is given.
+fn open(config: &Config, discard_view: bool, log: Option<Arc<dyn EventLog>>) -> Result<Opened, ServerError> {
     std::fs::create_dir_all(&config.data)
         .map_err(|error| ServerError(format!("the folder {} can't be made: {error}", config.data.display())))?;
-    let log = EmbeddedLog::open(log_options(config))?;
+    let log = match log {
+        Some(log) => log,
+        None => EmbeddedLog::open(log_options(config))?,
+    };
     let store = EmbeddedStore::open(&config.data.join("store"), StoreOptions { discard_view, ..StoreOptions::default() })?;
     Ok(Opened { log, store })
 }
@@ -109,13 +115,23 @@ impl Broker {
 
     /// The same by another clock, for tests in which a month goes by.
     pub async fn start_by(config: Config, clock: Arc<dyn Clock>) -> Result<Self, ServerError> {
+        Self::start_over(config, clock, None).await
+    }
+
+    /// The same over another log, for tests in which it fails.
+    #[cfg(any(test, feature = "test-util"))]
+    pub async fn start_with_log(config: Config, log: Arc<dyn EventLog>) -> Result<Self, ServerError> {
+        Self::start_over(config, Arc::new(SystemClock), Some(log)).await
+    }
+
+    async fn start_over(config: Config, clock: Arc<dyn Clock>, log: Option<Arc<dyn EventLog>>) -> Result<Self, ServerError> {
         config.validate()?;
         let config = Arc::new(config);
         let random: Arc<dyn Random> = Arc::new(SystemRandom);
         let exporter = metrics::install();
         let opening = Arc::clone(&config);
         let Opened { log, store } =
-            tokio::task::spawn_blocking(move || open(&opening, false)).await.map_err(|error| ServerError(error.to_string()))??;
+            tokio::task::spawn_blocking(move || open(&opening, false, log)).await.map_err(|error| ServerError(error.to_string()))??;
         let dev = dev_realm(&config, random.as_ref())?;
         let realms = Arc::new(Realms::open(&config.realms, dev.as_ref(), Arc::clone(&clock)).await?);
         let listener = Listener::bind(&config).await?;
@@ -156,6 +172,7 @@ impl Broker {
         wait_until_caught_up(progress.clone(), failed.clone()).await?;
 
         let keys = Arc::new(KeyService::new(store.clone(), store.clone(), &rates, Arc::clone(&hub) as _));
+        let lag = watch_lag(Arc::clone(&log), progress.clone(), Arc::clone(&acceptor));
         let health = Arc::new(BrokerHealth { log: Arc::clone(&log), progress, hub: Arc::clone(&hub) });
         let state = EdgeState::new(Parts {
             config: Arc::clone(&config),
@@ -178,6 +195,7 @@ impl Broker {
             tokio::spawn(Arc::clone(&hub).run_acks(edge_stops.clone())),
             tokio::spawn(Arc::clone(&hub).run_heartbeat(edge_stops)),
             tokio::spawn(watch_log(Arc::clone(&log), failing)),
+            tokio::spawn(lag),
             tokio::spawn(metrics::upkeep(drain.clone())),
             tokio::spawn({
                 let until = drain.clone();
@@ -220,10 +238,12 @@ impl Broker {
         }
     }
 
-    /// Drains: no new connections, streams told to go elsewhere, acknowledgements and the coalescing window written, log closed.
+    /// Drains: not ready any more and no new streams, streams told to go elsewhere, then no new connections, acknowledgements and the
+    /// coalescing window written, log closed.
     pub async fn stop(mut self) {
-        self.drain.cancel();
+        // Balancers that ask are answered while the streams go; requests work until the last of them is gone.
         self.hub.drain(self.drain_time).await;
+        self.drain.cancel();
         if tokio::time::timeout(self.drain_time, &mut self.serving).await.is_err() {
             self.serving.abort();
         }
@@ -317,6 +337,34 @@ async fn watch_log(log: Arc<dyn EventLog>, failing: watch::Sender<Option<ServerE
     }
 }
 
+/// Accepting goes on without the projector, which may be slower: what it can't deliver soon is better refused.
+async fn watch_lag(log: Arc<dyn EventLog>, progress: watch::Receiver<Progress>, acceptor: Arc<Acceptor>) {
+    let mut lag = Lag::default();
+    let mut every = tokio::time::interval(Duration::from_millis(limits::LAG_LOOK_MS));
+    every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut was_behind = false;
+    loop {
+        every.tick().await;
+        let mut end = 0;
+        for number in 0..log.partitions(Topic::Inbox) {
+            let tp = TopicPartition { topic: Topic::Inbox, partition: Partition(number) };
+            end += log.bounds(tp).await.map_or(0, |(_, end)| end.0);
+        }
+        let met = progress.borrow().met;
+        metrics::observe_lag(end.saturating_sub(met));
+        let behind = lag.look(tokio::time::Instant::now(), end, met);
+        acceptor.set_behind(behind);
+        if std::mem::replace(&mut was_behind, behind) != behind {
+            let records = end.saturating_sub(met);
+            if behind {
+                tracing::warn!(records, "delivery is too far behind: sends are refused until it has caught up");
+            } else {
+                tracing::info!(records, "delivery has caught up");
+            }
+        }
+    }
+}
+
 struct BrokerHealth {
     log: Arc<dyn EventLog>,
     progress: watch::Receiver<Progress>,
@@ -364,7 +412,7 @@ pub async fn rebuild(config: &Config, on_progress: impl Fn(u64)) -> Result<Rebui
     let quiet = applied_positions(config).await;
     let opening = config.clone();
     let Opened { log, store } =
-        tokio::task::spawn_blocking(move || open(&opening, true)).await.map_err(|error| ServerError(error.to_string()))??;
+        tokio::task::spawn_blocking(move || open(&opening, true, None)).await.map_err(|error| ServerError(error.to_string()))??;
     let quiet = match quiet {
         Some(quiet) => quiet,
         // The old view can't be read: then everything counts as applied before. At worst receipts of its last window are missing.

@@ -161,6 +161,11 @@ impl RawDevice {
         Ok(Self { base: base.to_owned(), http, addr: DeviceAddr { account, device }, credential, registration_id, first_message_id })
     }
 
+    /// The same device, for a server that listens elsewhere now.
+    pub fn at(&self, base: &str) -> Self {
+        Self { base: base.to_owned(), ..self.clone() }
+    }
+
     /// One authenticated request.
     pub async fn call(&self, method: Method, path: &str, body: Option<Value>) -> anyhow::Result<Answer> {
         let mut request = self.http.request(method, format!("{}{path}", self.base)).bearer_auth(&self.credential);
