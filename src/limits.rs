@@ -139,6 +139,11 @@ pub const ACK_DELAY_MS: u64 = 5;
 pub const CLUSTER_ACK_DELAY_MS: u64 = 40;
 /// Entries in one `Receipts` event; more go into the next.
 pub const RECEIPT_ENTRIES: usize = 1_024;
+/// How long what is accepted may wait for the projector; past that sends are refused (503) until it has caught up by half. Above any
+/// stall of a disk that keeps up on the whole, far below what a person takes for lost.
+pub const LAG_MS: u64 = 5_000;
+/// How often that is looked at: each look asks the log for the end of each partition.
+pub const LAG_LOOK_MS: u64 = 100;
 /// Inboxes and dedupe marks that a projector keeps in memory; clean ones are dropped past that.
 pub const HOT_ENTRIES: usize = 200_000;
 

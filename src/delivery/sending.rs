@@ -48,6 +48,7 @@ pub struct Acceptor {
     highest: Cache<MarkKey, Arc<AtomicU64>>,
     full: RwLock<HashSet<DeviceAddr>>,
     any_full: AtomicBool,
+    behind: AtomicBool,
 }
 
 impl std::fmt::Debug for Acceptor {
@@ -76,6 +77,7 @@ impl Acceptor {
             highest: Cache::new(limits::CACHED_MARKS),
             full: RwLock::default(),
             any_full: AtomicBool::new(false),
+            behind: AtomicBool::new(false),
         }
     }
 
@@ -88,6 +90,11 @@ impl Acceptor {
             all.remove(&device);
         }
         self.any_full.store(!all.is_empty(), Ordering::Relaxed);
+    }
+
+    /// Delivery is too far behind acceptance for more to be taken, or no more.
+    pub fn set_behind(&self, behind: bool) {
+        self.behind.store(behind, Ordering::Relaxed);
     }
 
     /// Forgets devices whose rate has recovered; called now and then.
@@ -125,6 +132,9 @@ impl Acceptor {
     /// Every check, then the sealed event.
     pub fn check(&self, known: KnownDevice, request: &SendRequest, view: &AccountView, highest: &AtomicU64) -> Result<Checked, SendError> {
         let sender = known.addr;
+        if self.behind.load(Ordering::Relaxed) {
+            return Err(SendError::Unavailable { retry_after_ms: RETRY_AFTER_MS });
+        }
         self.rate.check(&sender).map_err(|retry_after_ms| {
             metrics::observe_rate_limited(metrics::RateScope::Messages);
             SendError::RateLimited { retry_after_ms }

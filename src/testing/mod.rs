@@ -167,7 +167,7 @@ impl RawDevice {
         Ok(Self { base: base.to_owned(), http, addr: DeviceAddr { account, device }, credential, registration_id, first_message_id })
     }
 
-    /// The same device, talking to another edge.
+    /// The same device, for a server that listens elsewhere.
     pub fn at(&self, base: &str) -> Self {
         Self { base: base.to_owned(), ..self.clone() }
     }
