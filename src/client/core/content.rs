@@ -6,6 +6,7 @@ use prost::Message as _;
 use crate::clock::{Random, UnixMillis};
 use crate::ids::{AccountId, ClientMessageId, DeviceId, Identity};
 use crate::limits;
+use crate::wire::padding::padded_len;
 
 /// The Protobuf types of `schemas/content.proto`.
 #[allow(missing_docs, clippy::doc_markdown, clippy::large_enum_variant, reason = "generated; the schema is the documentation")]
@@ -21,10 +22,6 @@ pub const READ_RECEIPT_IDS: usize = 500;
 pub const EMOJI_BYTES: usize = 32;
 /// The longest expire timer: a year.
 pub const EXPIRE_S_MAX: u32 = 31_536_000;
-/// Padding fills small plaintexts to multiples of this.
-const BUCKET: usize = 160;
-/// Up to here multiples of [`BUCKET`] are used, beyond it Padmé.
-const SMALL: usize = 1_600;
 
 /// The id of a message, chosen by its sender.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -218,21 +215,13 @@ pub fn unpad(padded: &[u8]) -> Result<&[u8], Invalid> {
     if padded[end] == 0x80 { Ok(&padded[..end]) } else { Err(Invalid("no padding")) }
 }
 
-fn padded_len(length: usize) -> usize {
-    if length <= SMALL {
-        return length.next_multiple_of(BUCKET);
-    }
-    let exponent = length.ilog2();
-    let significant = exponent.ilog2() + 1;
-    length.next_multiple_of(1 << (exponent - significant))
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
     use super::*;
     use crate::clock::SeededRandom;
+    use crate::wire::padding::BUCKET;
 
     fn random_text(body: &str) -> Content {
         new(text(body), UnixMillis(5), Some(&"alice@socialink".parse().expect("valid")), &SeededRandom::new(1))
