@@ -13,6 +13,7 @@
 //! - `log`, `store`: the two seams where bytes rest; each a trait, a conformance suite and an
 //!   embedded implementation. They never import each other.
 //! - `projector`: turns log records into the view of what is pending.
+//! - `metadata`: what analysts may know of it, ids hidden.
 //! - `delivery`: one device's session, free of any transport.
 //! - `auth`, `directory`, `keys`: who somebody is, and which keys they publish.
 //! - `edge`: Axum only. `server`: the composition root.
@@ -43,6 +44,8 @@ pub mod edge;
 pub mod keys;
 #[cfg(feature = "server")]
 pub mod log;
+#[cfg(feature = "server")]
+pub mod metadata;
 #[cfg(feature = "server")]
 pub mod metrics;
 #[cfg(feature = "server")]

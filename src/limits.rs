@@ -144,6 +144,12 @@ pub const RECEIPT_ENTRIES: usize = 1_024;
 pub const LAG_MS: u64 = 5_000;
 /// How often that is looked at: each look asks the log for the end of each partition.
 pub const LAG_LOOK_MS: u64 = 100;
+/// One record of topic `metadata`, in bytes: several hundred steps share a record.
+pub const METADATA_BATCH_BYTES: usize = 64 * 1024;
+/// Bytes of metadata on their way to the log in one coalescing window; the projector waits past that.
+pub const METADATA_UNACKED_BYTES: usize = 8 * 1024 * 1024;
+/// Accounts whose pseudonyms a projector remembers, for each period; all are forgotten past that.
+pub const METADATA_PSEUDONYMS: usize = 200_000;
 /// Inboxes and dedupe marks that a projector keeps in memory; clean ones are dropped past that.
 pub const HOT_ENTRIES: usize = 200_000;
 

@@ -7,3 +7,9 @@ pub mod padding;
 pub mod stream {
     include!(concat!(env!("OUT_DIR"), "/sealpost.stream.v1.rs"));
 }
+
+/// The Protobuf types of `schemas/metadata.proto`.
+#[allow(missing_docs, clippy::doc_markdown, reason = "generated; the schema is the documentation")]
+pub mod metadata {
+    include!(concat!(env!("OUT_DIR"), "/sealpost.metadata.v1.rs"));
+}
