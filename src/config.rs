@@ -17,8 +17,10 @@ use zeroize::{Zeroize, Zeroizing};
 use crate::ids::RealmId;
 
 mod cluster;
+mod metadata;
 
 pub use cluster::{Cql, CqlTls, Kafka, KafkaSasl, KafkaTls, Role, SaslMechanism};
+pub use metadata::Metadata;
 
 /// A value that is never printed and is wiped when dropped.
 #[derive(Clone)]
@@ -114,6 +116,8 @@ pub struct Config {
     pub partitions: Partitions,
     /// Who may read `/metrics`.
     pub metrics: Metrics,
+    /// What analysts may know.
+    pub metadata: Metadata,
     /// What this process does. Default: everything.
     pub role: Role,
     /// The log on Kafka. Default: the embedded one.
@@ -135,6 +139,7 @@ impl Default for Config {
             log: Log::default(),
             partitions: Partitions::default(),
             metrics: Metrics::default(),
+            metadata: Metadata::default(),
             role: Role::All,
             kafka: None,
             cql: None,
@@ -334,13 +339,14 @@ pub enum Expose {
 }
 
 /// Variables that are texts whatever they look like.
-const TEXT_KEYS: [&str; 21] = [
+const TEXT_KEYS: [&str; 22] = [
     "data",
     "listen",
     "tls.cert",
     "tls.key",
     "metrics.expose",
     "metrics.token",
+    "metadata.secret",
     "config",
     "role",
     "kafka.brokers",
@@ -419,6 +425,7 @@ impl Config {
         self.validate_realms()?;
         self.validate_limits()?;
         self.validate_cluster()?;
+        self.validate_metadata()?;
         if !(1 << 20..=1 << 32).contains(&self.log.segment_bytes) {
             return Err(invalid("log.segment_bytes", "must be from 1 MiB (1048576) to 4 GiB"));
         }

@@ -127,6 +127,7 @@ struct Handles {
     flush: Histogram,
     flushed: Counter,
     expired: Counter,
+    metadata: Counter,
     process_cpu: Gauge,
     process_resident: Gauge,
 }
@@ -173,6 +174,7 @@ impl Handles {
             flush: histogram!("sealpost_projector_flush_seconds"),
             flushed: counter!("sealpost_projector_stored_items_total"),
             expired: counter!("sealpost_projector_expired_inboxes_total"),
+            metadata: counter!("sealpost_projector_metadata_records_total"),
             process_cpu: gauge!("sealpost_process_cpu_seconds"),
             process_resident: gauge!("sealpost_process_resident_bytes"),
         }
@@ -210,6 +212,7 @@ fn describe() {
     describe_histogram!("sealpost_projector_flush_seconds", "One write of a coalescing window to the store");
     describe_counter!("sealpost_projector_stored_items_total", "Pending items that outlived their window and were stored");
     describe_counter!("sealpost_projector_expired_inboxes_total", "Inboxes of which something expired");
+    describe_counter!("sealpost_projector_metadata_records_total", "Records for topic metadata");
     describe_gauge!("sealpost_process_cpu_seconds", "CPU time of this process since it started; grows");
     describe_gauge!("sealpost_process_resident_bytes", "Resident memory of this process");
 }
@@ -452,6 +455,13 @@ pub fn observe_flush(items: u64, elapsed: Duration) {
 pub fn observe_expired(inboxes: u64) {
     if let Some(h) = HANDLES.get() {
         h.expired.increment(inboxes);
+    }
+}
+
+/// So many records for topic `metadata` were made.
+pub fn observe_metadata(records: u64) {
+    if let Some(h) = HANDLES.get() {
+        h.metadata.increment(records);
     }
 }
 

@@ -43,6 +43,7 @@ use crate::store::{DeliveryStore, DirectoryStore, KeyStore, StoreError};
 #[cfg(feature = "cluster")]
 mod cluster;
 mod embedded;
+mod metadata;
 mod projecting;
 mod rebuild;
 
@@ -249,7 +250,7 @@ impl Broker {
                 bus,
                 clock: Arc::clone(&clock),
             };
-            let (thread, watching) = projecting::spawn(parts, pace(&config), projector_stops, failing.clone())?;
+            let (thread, watching) = projecting::spawn(parts, pace(&config), metadata::keys(&config)?, projector_stops, failing.clone())?;
             if !config.is_cluster() {
                 projecting::wait_until_caught_up(watching.clone(), failed.clone()).await?;
             }

@@ -11,9 +11,11 @@ use bytes::Bytes;
 
 use crate::ids::{AccountId, AttachId, DeviceAddr, DeviceId, EdgeId, Partition, Seq};
 use crate::limits;
+use crate::metadata::step::{Settled, Step as LifeStep};
 use crate::projector::push::Push;
-use crate::store::{DeliveryWrite, InboxState, Mark, MarkKey, PendingBody, PendingEnvelope, PendingItem};
+use crate::store::{DeliveryWrite, InboxState, Mark, MarkKey, PendingBody, PendingEnvelope, PendingItem, seal};
 use crate::wire::event::{self, EnvelopesAccepted, InboxEvent, ReceiptEntry, ReceiptKind, flags};
+use crate::wire::metadata::MetadataKind;
 
 /// What the projector knows of an inbox.
 #[derive(Debug, Default)]
@@ -106,6 +108,8 @@ pub struct Projection {
     pub pushes: Vec<(EdgeId, Push)>,
     /// Pushes for every edge.
     pub broadcasts: Vec<Push>,
+    /// What became of messages, for topic `metadata`: for the worker to take after each event. `None`: nobody asks.
+    pub steps: Option<Vec<LifeStep>>,
 }
 
 impl Projection {
@@ -253,6 +257,7 @@ impl Projection {
             Seen::Again => return,
             Seen::Behind => {
                 // The edge's own check makes this all but impossible; if it happens the sender is told, never left in the dark.
+                note_message(&mut self.steps, MetadataKind::Rejected, at, accepted);
                 for envelope in &accepted.envelopes {
                     let recipient = DeviceAddr { account: accepted.recipient, device: envelope.device };
                     self.told.push(Told {
@@ -265,6 +270,7 @@ impl Projection {
                 return;
             }
         }
+        note_message(&mut self.steps, MetadataKind::Accepted, at, accepted);
         for envelope in &accepted.envelopes {
             let body = PendingBody::Envelope(PendingEnvelope {
                 sender: accepted.sender,
@@ -332,6 +338,7 @@ impl Projection {
             let item = inbox.fresh.pop_front().expect("there is a front");
             self.fresh_bytes -= item.cost();
             tell(&mut told, device, kind, &item.body);
+            note_settled(&mut self.steps, device, kind, &item);
         }
         self.told = told;
         if self.replaying {
@@ -360,6 +367,7 @@ impl Projection {
             inbox.state.items = inbox.state.items.saturating_sub(1);
             inbox.state.bytes = inbox.state.bytes.saturating_sub(item.cost() as u64);
             tell(&mut self.told, device, kind, &item.body);
+            note_settled(&mut self.steps, device, kind, item);
         }
         self.not_full(device);
     }
@@ -499,6 +507,21 @@ fn tell(told: &mut Vec<Told>, recipient: DeviceAddr, kind: ReceiptKind, body: &P
         PendingBody::Envelope(envelope) => told.push(Told { sender: envelope.sender, recipient, kind, id: envelope.client_message_id.0 }),
         // Nobody is told what became of a receipt.
         PendingBody::Receipts(_) => {}
+    }
+}
+
+fn note_message(steps: &mut Option<Vec<LifeStep>>, kind: MetadataKind, at: Seq, accepted: &EnvelopesAccepted<'_>) {
+    if let Some(steps) = steps {
+        steps.push(LifeStep::message(kind, at, accepted, seal::OVERHEAD));
+    }
+}
+
+/// Envelopes only: nobody counts receipts.
+fn note_settled(steps: &mut Option<Vec<LifeStep>>, recipient: DeviceAddr, kind: ReceiptKind, item: &PendingItem) {
+    if let (Some(steps), PendingBody::Envelope(envelope)) = (steps, &item.body) {
+        let &PendingEnvelope { sender, accepted, flags, ref sealed, .. } = envelope;
+        let size_bytes = sealed.len().saturating_sub(seal::OVERHEAD);
+        steps.push(LifeStep::settled(kind, Settled { at: item.seq, recipient, sender, accepted, flags, size_bytes }));
     }
 }
 

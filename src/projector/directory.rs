@@ -16,8 +16,9 @@ use std::collections::BTreeMap;
 
 use futures_util::future::try_join_all;
 
-use crate::ids::{AccountId, ClientMessageId, DeviceAddr, DeviceId, Identity, Offset, Partition};
+use crate::ids::{AccountId, ClientMessageId, DeviceAddr, DeviceId, Generation, Identity, Offset, Partition, Seq};
 use crate::limits;
+use crate::metadata::step::{self, Step};
 use crate::projector::push::Verdict;
 use crate::store::{DeviceKeys, DirectoryStore, DirectoryWrite, KeyStore, StoreError};
 use crate::wire::event::{AccountRecord, DeviceRecord, DirectoryChange, DirectoryCommand, InboxEvent, NewDevice, RequestId, SignedKey};
@@ -314,6 +315,8 @@ pub struct Plan {
     pub outcomes: Vec<Outcome>,
     /// Everything that has to happen, in order.
     pub effects: Vec<Effect>,
+    /// The same for topic `metadata`.
+    pub steps: Vec<Step>,
     write: DirectoryWrite,
 }
 
@@ -340,6 +343,10 @@ pub async fn plan(
         }
         let stored = needs_keys(command).and_then(|device| keys.get(&device)?.as_ref());
         let applied = apply(command, account, stored);
+        if matches!(applied.verdict, Verdict::Done(_)) {
+            let at = Seq::at(Generation(0), *offset);
+            plan.steps.extend(step::of_command(at, command, account, applied.account.as_ref()));
+        }
         if let Some(mut account) = applied.account {
             account.applied = offset.next();
             changed_accounts.insert(account.id, account.clone());

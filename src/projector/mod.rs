@@ -8,4 +8,5 @@ pub mod lag;
 mod model;
 pub mod push;
 pub mod push_topic;
+mod recording;
 pub mod worker;

@@ -17,11 +17,13 @@ use crate::clock::Clock;
 use crate::ids::{DeviceAddr, EdgeId, Generation, Offset, Partition, Seq};
 use crate::limits;
 use crate::log::{AppendError, Consumed, Consumer, EventLog, ReadError, Record, Topic, TopicPartition};
+use crate::metadata;
 use crate::metrics;
 use crate::projector::apply::{Needs, Projection, Step};
 use crate::projector::behind::{Behind, Job, retry};
 use crate::projector::directory;
 use crate::projector::push::{Push, PushBus};
+use crate::projector::recording::Recording;
 use crate::store::{DeliveryStore, DeliveryWrite, DirectoryStore, KeyStore, MarkKey, StoreError};
 use crate::wire::event::{self, DirectoryCommand, InboxEvent, ReceiptKind};
 
@@ -116,7 +118,7 @@ pub struct Worker {
     projection: Projection,
     owned: BTreeMap<TopicPartition, Owned>,
     behind: Behind,
-    /// Receipts on their way to the log since the last flush.
+    /// Receipts and metadata on their way to the log since the last flush.
     receipts: Vec<JoinHandle<Result<(), AppendError>>>,
     moved: bool,
     window_ends: Option<Instant>,
@@ -124,6 +126,8 @@ pub struct Worker {
     progress: watch::Sender<Progress>,
     /// Records before these were applied to an earlier view: what followed from them is on the log already.
     quiet_before: HashMap<TopicPartition, Offset>,
+    /// Topic `metadata`, if it is written.
+    recording: Option<Recording>,
 }
 
 impl Worker {
@@ -142,6 +146,7 @@ impl Worker {
             soon_at: None,
             progress,
             quiet_before: HashMap::new(),
+            recording: None,
         };
         (worker, receiver)
     }
@@ -149,6 +154,13 @@ impl Worker {
     /// Appends nothing for records before these positions: a rebuild must not tell senders again what they were told.
     pub fn quiet_before(mut self, positions: HashMap<TopicPartition, Offset>) -> Self {
         self.quiet_before = positions;
+        self
+    }
+
+    /// Writes topic `metadata`, if there are keys for it.
+    pub fn recording(mut self, keys: Option<&metadata::Keys>) -> Self {
+        self.recording = keys.map(|keys| Recording::new(keys, Arc::clone(&self.parts.log)));
+        self.projection.steps = keys.map(|_| Vec::new());
         self
     }
 
@@ -289,8 +301,28 @@ impl Worker {
             if let Some(step) = self.projection.apply(at, event, &record.payload) {
                 self.step(step).await?;
             }
-            if self.is_quiet(tp, record) {
+            let quiet = self.is_quiet(tp, record);
+            if quiet {
                 self.projection.take_receipts();
+            }
+            if let (Some(recording), Some(steps)) = (&mut self.recording, &mut self.projection.steps) {
+                if quiet {
+                    steps.clear();
+                }
+                recording.add(tp, record.appended, steps);
+            }
+        }
+        self.record().await
+    }
+
+    /// Metadata goes to the log in batches, which a position waits for as it does for receipts.
+    async fn record(&mut self) -> Result<(), WorkerError> {
+        let Some(recording) = &mut self.recording else { return Ok(()) };
+        self.receipts.extend(recording.send(false));
+        if recording.is_ahead() {
+            recording.settled();
+            for append in self.receipts.drain(..) {
+                append.await.unwrap_or(Err(AppendError::Closed))?;
             }
         }
         Ok(())
@@ -361,7 +393,7 @@ impl Worker {
         };
         let commands = batch.iter().map(decode).collect::<Result<Vec<(Offset, DirectoryCommand)>, WorkerError>>()?;
         let parts = &self.parts;
-        let plan = retry(|| directory::plan(parts.directory.as_ref(), tp.partition, last.offset.next(), &commands)).await?;
+        let mut plan = retry(|| directory::plan(parts.directory.as_ref(), tp.partition, last.offset.next(), &commands)).await?;
         if quiet {
             // What follows from these happened before: only the view is made anew.
             return Ok(retry(|| plan.commit_view(parts.directory.as_ref())).await?);
@@ -369,6 +401,13 @@ impl Worker {
         for (account, event) in plan.inbox_events() {
             let partition = Partition::of(&account, parts.log.partitions(Topic::Inbox));
             append(parts.log.as_ref(), TopicPartition { topic: Topic::Inbox, partition }, event::encode(&event)).await?;
+        }
+        if let Some(recording) = &mut self.recording {
+            // Their time is the command's own.
+            recording.add(tp, last.appended, &mut plan.steps);
+            if let Some(append) = recording.send(true) {
+                append.await.unwrap_or(Err(AppendError::Closed))?;
+            }
         }
         retry(|| plan.commit(parts.directory.as_ref(), parts.keys.as_ref())).await?;
         self.projection.broadcasts.extend(plan.changed().map(|account| Push::AccountChanged { account }));
@@ -435,6 +474,10 @@ impl Worker {
     async fn flush(&mut self, consumer: &mut dyn Consumer) -> Result<(), WorkerError> {
         self.window_ends = None;
         self.send_receipts();
+        if let Some(recording) = &mut self.recording {
+            self.receipts.extend(recording.send(true));
+            recording.settled();
+        }
         let mut write = DeliveryWrite::default();
         self.projection.flush(&mut write);
         self.send_pushes().await;
@@ -487,7 +530,7 @@ impl Worker {
 
 /// Appends, waiting while the log is busy. One whose outcome is unknown is appended again: receipts, expiries and changes of
 /// an account mean the same twice.
-async fn append(log: &dyn EventLog, to: TopicPartition, payload: Bytes) -> Result<(), AppendError> {
+pub(super) async fn append(log: &dyn EventLog, to: TopicPartition, payload: Bytes) -> Result<(), AppendError> {
     loop {
         match log.append(to, payload.clone()).await {
             Err(AppendError::Full | AppendError::Unavailable(_) | AppendError::Unknown(_)) => {

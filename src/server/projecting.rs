@@ -9,6 +9,7 @@ use crate::delivery::sending::Acceptor;
 use crate::ids::Partition;
 use crate::limits;
 use crate::log::{EventLog, Topic, TopicPartition};
+use crate::metadata::Keys;
 use crate::metrics;
 use crate::projector::lag::Lag;
 use crate::projector::worker::{Pace, Parts as WorkerParts, Progress, Worker, WorkerError};
@@ -19,6 +20,7 @@ use crate::store::StoreError;
 pub(super) fn spawn(
     parts: WorkerParts,
     pace: Pace,
+    metadata: Option<Keys>,
     stop: watch::Receiver<bool>,
     failing: watch::Sender<Option<ServerError>>,
 ) -> Result<(std::thread::JoinHandle<()>, watch::Receiver<Progress>), ServerError> {
@@ -27,6 +29,7 @@ pub(super) fn spawn(
     let work = async move {
         while !*stop.borrow() {
             let (worker, mut inner) = Worker::new(parts.clone(), pace);
+            let worker = worker.recording(metadata.as_ref());
             let forward = async {
                 while inner.changed().await.is_ok() {
                     outer.send_replace(*inner.borrow_and_update());

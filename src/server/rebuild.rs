@@ -16,6 +16,7 @@ use crate::projector::push::{Push, PushBus};
 use crate::projector::worker::{Pace, Parts as WorkerParts, Worker};
 use crate::server::ServerError;
 use crate::server::embedded::{Opened, open};
+use crate::server::metadata;
 use crate::store::embedded::{EmbeddedStore, Options as StoreOptions};
 use crate::store::{DeliveryStore as _, DirectoryStore as _};
 
@@ -67,6 +68,7 @@ pub async fn rebuild(config: &Config, on_progress: impl Fn(u64)) -> Result<Rebui
         clock: Arc::new(SystemClock),
     };
     let (worker, _) = Worker::new(parts, Pace::default());
+    let worker = worker.recording(metadata::keys(config)?.as_ref());
     let records = worker.quiet_before(quiet).catch_up(on_progress).await?;
     log.close().await;
     Ok(Rebuilt { records, elapsed: started.elapsed() })
