@@ -37,6 +37,14 @@ impl Meta {
         dir.join("meta")
     }
 
+    /// The numbers that the log was made with.
+    pub fn counts(&self, path: &Path) -> Result<PartitionCounts, OpenError> {
+        let of = |topic: Topic| self.partitions.get(topic.name()).copied().unwrap_or(0);
+        let [inbox, groups, directory, metadata] = Topic::ALL.map(of);
+        let counts = PartitionCounts { inbox, groups, directory, metadata, ..PartitionCounts::default() };
+        self.check(&counts, path).map(|()| counts)
+    }
+
     /// The log must have been made by this version with these numbers.
     pub fn check(&self, counts: &PartitionCounts, path: &Path) -> Result<(), OpenError> {
         if self.version != VERSION {
@@ -124,9 +132,14 @@ pub(super) fn load<T: DeserializeOwned>(disk: &dyn Disk, path: &Path) -> Result<
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(OpenError::io("read", path)(error)),
     };
+    parse(&bytes, path).map(Some)
+}
+
+/// What the bytes of a file say.
+pub(super) fn parse<T: DeserializeOwned>(bytes: &[u8], path: &Path) -> Result<T, OpenError> {
     let json = bytes.get(9..).filter(|json| bytes[..9] == *format!("{:08x}\n", crc32c::crc32c(json)).as_bytes());
     match json.map(serde_json::from_slice) {
-        Some(Ok(content)) => Ok(Some(content)),
+        Some(Ok(content)) => Ok(content),
         Some(Err(error)) => Err(OpenError::damaged(path, 9, format!("it is not what this version writes ({error})"))),
         None => Err(OpenError::damaged(path, 0, "its checksum is wrong")),
     }

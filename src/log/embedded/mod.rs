@@ -44,6 +44,7 @@ pub mod format;
 mod groups;
 mod index;
 mod keeper;
+mod observer;
 mod options;
 mod queue;
 mod reader;
@@ -57,6 +58,7 @@ mod summary;
 mod view;
 mod writer;
 
+pub use observer::LogObserver;
 pub use options::{OpenError, Options, Retention, SEGMENT_BYTES_MIN};
 
 pub use crate::log::PartitionCounts;
