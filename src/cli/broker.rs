@@ -21,9 +21,13 @@ impl BrokerArgs {
         self.load_from(std::env::vars(), change)
     }
 
-    /// The configuration as file and variables have it, for commands that need only a part of it; not validated.
+    /// The configuration as file, variables and --data have it, for commands that need only a part of it; not validated.
     pub fn read(&self) -> anyhow::Result<Config> {
-        Ok(Config::load(self.config.as_deref(), std::env::vars())?)
+        let mut config = Config::load(self.config.as_deref(), std::env::vars())?;
+        if let Some(data) = &self.data {
+            config.data.clone_from(data);
+        }
+        Ok(config)
     }
 
     fn load_from(self, vars: impl IntoIterator<Item = (String, String)>, change: impl FnOnce(&mut Config)) -> anyhow::Result<Config> {

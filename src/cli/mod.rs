@@ -11,6 +11,7 @@ pub mod chat;
 pub mod child;
 pub mod demo;
 pub mod load;
+pub mod metadata;
 pub mod migrate;
 pub mod rebuild;
 pub mod serve;
@@ -33,6 +34,7 @@ enum Command {
     Chat(Box<chat::ChatArgs>),
     Demo(demo::Args),
     Load(Box<load::Args>),
+    Metadata(Box<metadata::Args>),
     Migrate(migrate::Args),
     Rebuild(rebuild::Args),
     Serve(serve::Args),
@@ -66,6 +68,7 @@ pub fn main() -> ExitCode {
             Command::Chat(args) => chat::run(*args).await,
             Command::Demo(args) => demo::run(args).await,
             Command::Load(args) => load::run(*args).await,
+            Command::Metadata(args) => metadata::run(*args).await,
             Command::Migrate(args) => migrate::run(args).await,
             Command::Rebuild(args) => rebuild::run(args).await,
             Command::Serve(args) => serve::run(args).await,

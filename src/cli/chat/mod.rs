@@ -4,7 +4,7 @@ mod account;
 mod app;
 mod command;
 mod plain;
-mod text;
+pub(super) mod text;
 mod tui;
 mod view;
 

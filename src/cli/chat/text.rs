@@ -48,7 +48,7 @@ pub(super) fn clock(ms: u64) -> String {
 }
 
 /// The day of a time, UTC, as `2026-11-23` (the civil calendar's arithmetic, after Howard Hinnant's `days` papers).
-pub(super) fn day(ms: u64) -> String {
+pub(in crate::cli) fn day(ms: u64) -> String {
     let days = ms / 86_400_000 + 719_468;
     let (era, of_era) = (days / 146_097, days % 146_097);
     let year_of_era = (of_era - of_era / 1_460 + of_era / 36_524 - of_era / 146_096) / 365;
