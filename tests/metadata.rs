@@ -10,16 +10,22 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use reqwest::Method;
 use sealpost::cli::canary::Canary;
 use sealpost::cli::child::BrokerProcess;
 use sealpost::cli::load::{Plan, Progress, Report, on_own_thread, traffic};
+use sealpost::clock::{Clock as _, ManualClock, SystemClock};
 use sealpost::config::{Config, Role};
 use sealpost::ids::{Offset, Partition};
+use sealpost::limits;
 use sealpost::log::embedded::{EmbeddedLog, LogObserver, Options};
 use sealpost::log::{EventLog, PartitionCounts, Topic, TopicPartition};
-use sealpost::testing::Broker;
+use sealpost::metadata::tail::{From, Tail};
 use sealpost::testing::cluster::TestCluster;
+use sealpost::testing::{Broker, send_frame};
 use sealpost::wire::event::{self, DirectoryChange, DirectoryCommand, InboxEvent};
+use sealpost::wire::metadata::{MetadataKind as Kind, MetadataRecord};
+use sealpost::wire::stream::{client_frame, server_frame::Frame};
 use serde_json::Value;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_sealpost");
@@ -251,9 +257,9 @@ async fn a_log_is_watched_while_it_is_written() {
     let partitions = PartitionCounts { inbox: 1, groups: 1, directory: 1, metadata: 2, ..PartitionCounts::default() };
     let log = EmbeddedLog::open(Options { partitions, segment_bytes: 128 * 1024, ..Options::new(&dir) }).unwrap();
     let to = |topic, number| TopicPartition { topic, partition: Partition(number) };
-    let clock: Arc<dyn sealpost::clock::Clock> = Arc::new(sealpost::clock::SystemClock);
+    let clock = || Arc::new(SystemClock);
     log.append(to(Topic::Metadata, 1), "first".into()).await.unwrap();
-    let watch = LogObserver::open(&dir, Topic::Metadata, None, Arc::clone(&clock)).unwrap();
+    let watch = LogObserver::open(&dir, Topic::Metadata, None, clock()).unwrap();
     let writing = tokio::spawn({
         let log = Arc::clone(&log);
         async move {
@@ -283,7 +289,7 @@ async fn a_log_is_watched_while_it_is_written() {
     assert!(watch.append(to(Topic::Metadata, 0), "x".into()).await.is_err() && watch.consumer("g", &[Topic::Metadata]).await.is_err());
 
     // Only the newest files.
-    let newest = LogObserver::open(&dir, Topic::Metadata, Some(2), Arc::clone(&clock)).unwrap();
+    let newest = LogObserver::open(&dir, Topic::Metadata, Some(2), clock()).unwrap();
     let (earliest, end) = newest.bounds(to(Topic::Metadata, 0)).await.unwrap();
     assert!(earliest > Offset(2_000) && end == Offset(3_000), "{earliest:?}");
     let last = newest.read(to(Topic::Metadata, 0), Offset(2_999), 1).await.unwrap();
@@ -300,6 +306,87 @@ async fn a_log_is_watched_while_it_is_written() {
     assert!(earliest > Offset(2_000), "{earliest:?}");
     assert!(gone.is_err() && watch.read(to(Topic::Metadata, 0), Offset(0), 1).await.is_err());
     log.close().await;
+}
+
+/// Records that are there, without repeats, by event id.
+async fn records(data: &Path) -> Vec<MetadataRecord> {
+    let log = Arc::new(LogObserver::open(&data.join("log"), Topic::Metadata, None, Arc::new(SystemClock)).unwrap());
+    let mut tail = Tail::open(log, From::Start).await.unwrap();
+    let mut found = BTreeMap::new();
+    loop {
+        let more = tail.read().await.unwrap();
+        if more.is_empty() {
+            return found.into_values().collect();
+        }
+        found.extend(more.into_iter().map(|record| (record.event_id.clone(), record)));
+    }
+}
+
+/// Every kind of step but the one that never happens, in one life.
+#[tokio::test]
+async fn every_step_of_a_life_is_there_once() -> anyhow::Result<()> {
+    let mut broker = Broker::start_with(|config| config.metadata.enabled = Some(true)).await?;
+    let alice = broker.device("alice@socialink").await?;
+    let (phone, tablet) = (broker.device("bob@vignette").await?, broker.device("bob@vignette").await?);
+    let mut a = alice.connect().await?;
+    a.send(&[&phone, &tablet], 1, &[7; 200]).await?;
+    a.result(1).await?;
+    a.send(&[&phone, &tablet], 1, &[7; 200]).await?;
+    a.result(1).await?;
+    let mut ephemeral = send_frame(&[&phone, &tablet], 2, b"typing");
+    (ephemeral.ephemeral, ephemeral.urgent) = (true, true);
+    a.frames(vec![client_frame::Frame::Send(ephemeral)]).await?;
+    a.result(2).await?;
+    let mut p = phone.connect().await?;
+    let backlog = p.backlog().await?;
+    p.ack(backlog[0].seq).await?;
+    a.find(|frame| matches!(frame, Frame::Receipt(_)).then_some(())).await?;
+    let spare = broker.device("alice@socialink").await?;
+    alice.call(Method::DELETE, &format!("/v1/devices/{}", spare.addr.device), None).await?;
+    drop((a, p));
+    // A month later, as if nobody had looked in between.
+    let clock = ManualClock::new(SystemClock.now().plus(limits::ENVELOPE_TTL_MS + 3_600_000));
+    broker.restart_by(Arc::new(clock)).await?;
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    // A broker that has just started looks within a minute.
+    tokio::time::pause();
+    tokio::time::sleep(Duration::from_secs(61)).await;
+    tokio::time::resume();
+    let began = Instant::now();
+    while !records(broker.data()).await.iter().any(|record| record.kind() == Kind::Expired) {
+        assert!(began.elapsed() < Duration::from_secs(20), "nothing expired within 20 s");
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    alice.post(&[&phone, &tablet], 3, &[7; 2_000]).await?;
+    phone.call(Method::DELETE, "/v1/account", None).await?;
+    broker.stop().await;
+    tokio::time::sleep(Duration::from_millis(1_100)).await;
+
+    let found = records(broker.data()).await;
+    let of = |kind: Kind| found.iter().filter(|record| record.kind() == kind).collect::<Vec<_>>();
+    let accepted = of(Kind::Accepted);
+    assert_eq!(accepted.len(), 3, "a repeat is none: {accepted:?}");
+    let shape = |record: &MetadataRecord| (record.devices, record.size_bucket, record.ephemeral, record.urgent, record.sender_device);
+    assert_eq!(
+        accepted.iter().map(|record| shape(record)).collect::<BTreeSet<_>>(),
+        [(2, 320, false, false, 1), (2, 160, true, true, 1), (2, 2_048, false, false, 1)].into()
+    );
+    let (delivered, expired) = (of(Kind::Delivered), of(Kind::Expired));
+    let (first, later) = (accepted[0], accepted.iter().find(|record| record.size_bucket == 2_048).unwrap());
+    assert_eq!((delivered.len(), expired.len()), (1, 1), "{found:?}");
+    assert_eq!((delivered[0].device, expired[0].device), (1, 2));
+    for record in [delivered[0], expired[0]] {
+        assert_eq!((&record.account, &record.sender, &record.key_id), (&first.account, &first.sender, &first.key_id));
+        assert_eq!(record.event_id[..13], first.event_id[..13], "named after the message");
+    }
+    assert_eq!(delivered[0].latency_ms, delivered[0].time_ms - first.time_ms);
+    // Another period: nothing in common.
+    assert!(later.key_id != first.key_id && later.account != first.account && later.sender != first.sender);
+    assert_eq!(later.event_id[..5], first.event_id[..5], "the same partition, as the schema warns");
+    let count = |kind| of(kind).len();
+    assert_eq!((count(Kind::AccountCreated), count(Kind::AccountDeleted), count(Kind::IdentityLinked)), (2, 1, 2));
+    assert_eq!((count(Kind::DeviceRegistered), count(Kind::DeviceRevoked), count(Kind::IdentityUnlinked)), (4, 3, 1));
+    Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -105,8 +105,11 @@ impl TailArgs {
             newest.sort_by_key(|record| record.time_ms);
             self.print(&newest[newest.len().saturating_sub(self.lines as usize)..])?;
         }
+        if !self.follow {
+            return Ok(());
+        }
         let mut missed = 0;
-        while self.follow {
+        loop {
             if !self.print(&tail.read().await?)? {
                 tokio::time::sleep(POLL).await;
             }
@@ -114,7 +117,6 @@ impl TailArgs {
                 eprintln!("sealpost: {missed} log records were removed before they were read");
             }
         }
-        Ok(())
     }
 
     /// Whether there was anything.
