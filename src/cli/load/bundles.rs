@@ -39,7 +39,7 @@ pub(super) async fn run(args: BundlesArgs, progress: Progress) -> anyhow::Result
     let length = super::length(args.seconds)?;
     ensure!(args.rate > 0.0 && args.rate <= 1e6 && args.devices > 0, "at least one device and a rate above 0");
     super::raise_file_limit(1_024);
-    let api = Api::new(&args.common.server)?;
+    let api = Api::new(&args.common.server, args.common.ca()?.as_ref())?;
     api.ready().await?;
     let mut meter = Meter::new(&api, args.common.server_pid);
     meter.sample().await;
