@@ -16,6 +16,10 @@ use zeroize::{Zeroize, Zeroizing};
 
 use crate::ids::RealmId;
 
+mod cluster;
+
+pub use cluster::{Cql, CqlTls, Kafka, KafkaSasl, KafkaTls, Role, SaslMechanism};
+
 /// A value that is never printed and is wiped when dropped.
 #[derive(Clone)]
 pub struct Secret<T: Zeroize>(Zeroizing<T>);
@@ -110,6 +114,12 @@ pub struct Config {
     pub partitions: Partitions,
     /// Who may read `/metrics`.
     pub metrics: Metrics,
+    /// What this process does. Default: everything.
+    pub role: Role,
+    /// The log on Kafka. Default: the embedded one.
+    pub kafka: Option<Kafka>,
+    /// The stores on CQL; goes together with `kafka`. Default: the embedded ones.
+    pub cql: Option<Cql>,
 }
 
 impl Default for Config {
@@ -125,6 +135,9 @@ impl Default for Config {
             log: Log::default(),
             partitions: Partitions::default(),
             metrics: Metrics::default(),
+            role: Role::All,
+            kafka: None,
+            cql: None,
         }
     }
 }
@@ -323,7 +336,29 @@ pub enum Expose {
 }
 
 /// Variables that are texts whatever they look like.
-const TEXT_KEYS: [&str; 7] = ["data", "listen", "tls.cert", "tls.key", "metrics.expose", "metrics.token", "config"];
+const TEXT_KEYS: [&str; 21] = [
+    "data",
+    "listen",
+    "tls.cert",
+    "tls.key",
+    "metrics.expose",
+    "metrics.token",
+    "config",
+    "role",
+    "kafka.brokers",
+    "kafka.prefix",
+    "kafka.tls.ca",
+    "kafka.tls.cert",
+    "kafka.tls.key",
+    "kafka.sasl.mechanism",
+    "kafka.sasl.username",
+    "kafka.sasl.password",
+    "cql.hosts",
+    "cql.keyspace",
+    "cql.username",
+    "cql.password",
+    "cql.tls.ca",
+];
 /// Variables of other parts of Sealpost (the file's own name; the client's; benches' and tests').
 const NOT_OURS: [&str; 10] = ["CONFIG", "SERVER", "TOKEN", "PASSPHRASE", "CLIENT_", "BENCH_", "TEST_", "STORE_TEST_", "LOAD_", "KILL_"];
 const PREFIX: &str = "SEALPOST_";
@@ -385,6 +420,7 @@ impl Config {
         }
         self.validate_realms()?;
         self.validate_limits()?;
+        self.validate_cluster()?;
         if !(1 << 20..=1 << 32).contains(&self.log.segment_bytes) {
             return Err(invalid("log.segment_bytes", "must be from 1 MiB (1048576) to 4 GiB"));
         }

@@ -73,6 +73,20 @@ pub const LOG_CHUNK_BYTES: usize = 4 * 1024 * 1024;
 pub const LOG_TAIL_BYTES: usize = 64 * 1024 * 1024;
 /// Recent records that the log keeps in memory although every consumer has had them.
 pub const LOG_TAIL_KEPT_BYTES: usize = 2 * 1024 * 1024;
+/// Requests to the CQL cluster at once, of one process: enough to keep it busy, few enough to leave it to others.
+pub const CQL_IN_FLIGHT: usize = 128;
+/// Writes of a flush at once: nobody waits for a flush, and what somebody waits for must not stand behind thousands of its rows.
+pub const CQL_WRITES_AT_ONCE: usize = 8;
+/// How long one request to the CQL cluster may take, in milliseconds; past it the store counts as unavailable and is asked again.
+pub const CQL_REQUEST_MS: u64 = 5_000;
+/// How long one connection to a CQL server may take, in milliseconds.
+pub const CQL_CONNECT_MS: u64 = 5_000;
+/// How long opening the CQL store may take, in milliseconds.
+pub const CQL_OPEN_MS: u64 = 10_000;
+/// Rows asked for in one request to the CQL cluster.
+pub const CQL_PAGE_ROWS: usize = 512;
+/// Buckets and days of inboxes that a process knows to be listed; more are listed again.
+pub const CQL_LISTED: usize = 200_000;
 /// What is aimed at for one record of the push topic, in bytes: large enough to share a request, small enough to stay live.
 pub const PUSH_RECORD_BYTES: usize = 128 * 1024;
 /// Bytes that a consumer of the log is given at once.
@@ -85,12 +99,44 @@ pub const LOG_GROUPS: usize = 64;
 pub const LOG_GROUP_MEMBERS: usize = 256;
 /// Old segments whose file and index stay open for readers that lag.
 pub const LOG_OPEN_SEGMENTS: usize = 4;
+
+/// What a record that waits for Kafka counts besides its payload: the driver's and our own bookkeeping.
+pub const KAFKA_RECORD_OVERHEAD_BYTES: usize = 256;
+/// Largest Kafka message: a record and its framing. Topics must take that much (`max.message.bytes`).
+pub const KAFKA_MESSAGE_BYTES: usize = RECORD_BYTES + 16 * 1024;
+/// Records that go to Kafka in one batch of a partition, in bytes; a single larger record goes alone.
+pub const KAFKA_BATCH_BYTES: usize = 1024 * 1024;
+/// How long Kafka may take to acknowledge an append, retries included; after that its outcome is unknown. Longer than the
+/// fail-over of a broker, shorter than people wait.
+pub const KAFKA_DELIVERY_MS: u64 = 15_000;
+/// How long a look-up (bounds, committed positions, a read) may take.
+pub const KAFKA_CALL_MS: u64 = 10_000;
+/// How long opening waits for a broker and for the topics' leaders.
+pub const KAFKA_OPEN_MS: u64 = 10_000;
+/// How long a topic that is missing may only be news that has not reached the broker yet.
+pub const KAFKA_NEWS_MS: u64 = 2_000;
+/// Bytes that the driver fetches ahead for one consumer.
+pub const KAFKA_PREFETCH_BYTES: usize = 16 * 1024 * 1024;
+/// Bytes that a consumer of Kafka is given at once: copying them is a millisecond or two of its task.
+pub const KAFKA_CONSUMED_BYTES: usize = 1024 * 1024;
+/// How long an owner of partitions may stay away from the log before they go to somebody else: longer than a store's outage that
+/// operators would sit out.
+pub const KAFKA_OWNER_AWAY_MS: u64 = 120_000;
+/// Connections for reads without a group that are kept for the next one.
+pub const KAFKA_IDLE_READERS: usize = 2;
 /// Bytes a coalescing window may hold in memory before it is written early.
 pub const WINDOW_BYTES: usize = 64 * 1024 * 1024;
 /// How long an envelope may stay in memory only (the log has it) before it is written to the store.
 pub const WINDOW_MS: u64 = 1_000;
 /// How soon receipts leave, and items of devices without a stream are readable by polls: long enough to put many together.
 pub const RECEIPT_DELAY_MS: u64 = 25;
+/// The same on a cluster, where each partition's share is a request of its own.
+pub const CLUSTER_RECEIPT_DELAY_MS: u64 = 60;
+/// How long an edge gathers acknowledgements before it appends them: far below the coalescing window, so that what is acknowledged
+/// still never reaches the store.
+pub const ACK_DELAY_MS: u64 = 5;
+/// The same on a cluster, where each partition's share is a request of its own.
+pub const CLUSTER_ACK_DELAY_MS: u64 = 40;
 /// Entries in one `Receipts` event; more go into the next.
 pub const RECEIPT_ENTRIES: usize = 1_024;
 /// How long what is accepted may wait for the projector; past that sends are refused (503) until it has caught up by half. Above any

@@ -69,6 +69,17 @@ pub enum PrekeyOutcome {
     Protected,
 }
 
+/// How partitions moved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Moved {
+    /// To this process.
+    Assigned,
+    /// Away, after it had finished with them.
+    Revoked,
+    /// Away without asking: it was taken for dead.
+    Lost,
+}
+
 macro_rules! labels {
     ($name:ident: $($variant:ident = $text:literal),+ $(,)?) => {
         impl $name {
@@ -80,6 +91,7 @@ labels!(Refusal: Full = "full", PerIp = "per_ip", Tls = "tls");
 labels!(Proof: Device = "device", Realm = "realm");
 labels!(RateScope: Ip = "ip", Device = "device", Messages = "messages", Registrations = "registrations", AuthFailures = "auth_failures", KeyFetches = "key_fetches");
 labels!(Prekey: Ec = "ec", Pq = "pq");
+labels!(Moved: Assigned = "assigned", Revoked = "revoked", Lost = "lost");
 labels!(PrekeyOutcome: Handed = "handed", Exhausted = "exhausted", Protected = "protected");
 
 /// One counter for each value of a label, at the index of the value.
@@ -106,6 +118,10 @@ struct Handles {
     log_records: Counter,
     log_bytes: Counter,
     log_failures: Counter,
+    log_unknown: Counter,
+    log_queued: Gauge,
+    log_consumed: Counter,
+    log_moved: Vec<Counter>,
     applied: Counter,
     lag: Gauge,
     flush: Histogram,
@@ -148,6 +164,10 @@ impl Handles {
             log_records: counter!("sealpost_log_records_total"),
             log_bytes: counter!("sealpost_log_written_bytes_total"),
             log_failures: counter!("sealpost_log_failures_total"),
+            log_unknown: counter!("sealpost_log_unknown_total"),
+            log_queued: gauge!("sealpost_log_queued_bytes"),
+            log_consumed: counter!("sealpost_log_consumed_records_total"),
+            log_moved: family("sealpost_log_partitions_moved_total", "how", Moved::ALL.iter().map(|v| v.1)),
             applied: counter!("sealpost_projector_records_total"),
             lag: gauge!("sealpost_projector_lag_records"),
             flush: histogram!("sealpost_projector_flush_seconds"),
@@ -174,10 +194,17 @@ fn describe() {
     describe_counter!("sealpost_delivery_acks_total", "Acknowledgements taken");
     describe_counter!("sealpost_keys_bundles_total", "Key bundles handed out");
     describe_counter!("sealpost_keys_one_time_total", "What bundle fetches got of the pools of one-time prekeys");
-    describe_histogram!("sealpost_log_commit_seconds", "One group commit of the log, from first write to synced");
+    describe_histogram!(
+        "sealpost_log_commit_seconds",
+        "One group commit of the log, from first write to synced; on Kafka from submitted to acknowledged, the first of each batch"
+    );
     describe_counter!("sealpost_log_records_total", "Records made durable");
     describe_counter!("sealpost_log_written_bytes_total", "Bytes made durable");
-    describe_counter!("sealpost_log_failures_total", "Writes and syncs that failed");
+    describe_counter!("sealpost_log_failures_total", "Writes and syncs, or appends to brokers, that failed");
+    describe_counter!("sealpost_log_unknown_total", "Appends whose outcome is unknown, since the brokers did not answer in time");
+    describe_gauge!("sealpost_log_queued_bytes", "Bytes that wait for the brokers' acknowledgement");
+    describe_counter!("sealpost_log_consumed_records_total", "Records given to this process's consumers");
+    describe_counter!("sealpost_log_partitions_moved_total", "Partitions that rebalances gave to and took from this process");
     describe_counter!("sealpost_projector_records_total", "Records applied");
     describe_gauge!("sealpost_projector_lag_records", "Records that are durable and not applied yet");
     describe_histogram!("sealpost_projector_flush_seconds", "One write of a coalescing window to the store");
@@ -361,6 +388,34 @@ pub fn observe_log_commit(records: u64, bytes: u64, elapsed: Duration) {
 pub fn observe_log_failure() {
     if let Some(h) = HANDLES.get() {
         h.log_failures.increment(1);
+    }
+}
+
+/// The outcome of an append is unknown.
+pub fn observe_log_unknown() {
+    if let Some(h) = HANDLES.get() {
+        h.log_unknown.increment(1);
+    }
+}
+
+/// So many bytes wait for the brokers.
+pub fn observe_log_queued(bytes: usize) {
+    if let Some(h) = HANDLES.get() {
+        h.log_queued.set(bytes as f64);
+    }
+}
+
+/// A consumer was given so many records.
+pub fn observe_log_consumed(records: u64) {
+    if let Some(h) = HANDLES.get() {
+        h.log_consumed.increment(records);
+    }
+}
+
+/// A rebalance moved so many partitions.
+pub fn observe_log_moved(how: Moved, partitions: usize) {
+    if let Some(h) = HANDLES.get() {
+        add(&h.log_moved, how as usize, partitions as u64);
     }
 }
 

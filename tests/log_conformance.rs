@@ -11,7 +11,7 @@ async fn check(change: impl Fn(&mut Options)) {
     conformance::all(|| async {
         let dir = TempDir::new().expect("a temporary folder");
         let mut options = Options::new(dir.path());
-        options.partitions = PartitionCounts { inbox: 7, groups: 6, directory: 6, metadata: 6 };
+        options.partitions = PartitionCounts { inbox: 7, groups: 6, directory: 6, metadata: 6, push: 0 };
         change(&mut options);
         dirs.lock().push(dir);
         let log: conformance::Log = EmbeddedLog::open(options).expect("opens");

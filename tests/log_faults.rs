@@ -12,7 +12,7 @@ use sealpost::log::embedded::{EmbeddedLog, OpenError, Options, PartitionCounts, 
 use sealpost::log::{AppendError, Consumed, EventLog, ReadError, Topic, TopicPartition};
 use tempfile::TempDir;
 
-const COUNTS: PartitionCounts = PartitionCounts { inbox: 3, groups: 1, directory: 2, metadata: 1 };
+const COUNTS: PartitionCounts = PartitionCounts { inbox: 3, groups: 1, directory: 2, metadata: 1, push: 0 };
 
 fn inbox(partition: u16) -> TopicPartition {
     TopicPartition { topic: Topic::Inbox, partition: Partition(partition) }

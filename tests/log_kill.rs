@@ -18,7 +18,7 @@ const ROUNDS: u64 = 15;
 
 fn open(dir: &Path) -> Arc<EmbeddedLog> {
     let mut options = Options::new(dir);
-    options.partitions = PartitionCounts { inbox: PARTITIONS, groups: 1, directory: 1, metadata: 1 };
+    options.partitions = PartitionCounts { inbox: PARTITIONS, groups: 1, directory: 1, metadata: 1, push: 0 };
     options.segment_bytes = 512 * 1024;
     EmbeddedLog::open(options).expect("a killed process never leaves a log that refuses to open")
 }

@@ -80,7 +80,7 @@ struct Run {
 
 fn open(dir: &TempDir, disk: &SimDisk, clock: &ManualClock, tail_bytes: usize) -> Arc<EmbeddedLog> {
     let mut options = Options::new(dir.path());
-    options.partitions = PartitionCounts { inbox: 2, groups: 1, directory: 2, metadata: 1 };
+    options.partitions = PartitionCounts { inbox: 2, groups: 1, directory: 2, metadata: 1, push: 0 };
     options.segment_bytes = 64 * 1024;
     options.tail_bytes = tail_bytes;
     options.linger = Duration::ZERO;

@@ -21,7 +21,7 @@ struct Sample {
 
 fn options(sample: &Sample, disk: &SimDisk) -> Options {
     let mut options = Options::new(sample.dir.path());
-    options.partitions = PartitionCounts { inbox: 1, groups: 1, directory: 1, metadata: 1 };
+    options.partitions = PartitionCounts { inbox: 1, groups: 1, directory: 1, metadata: 1, push: 0 };
     options.segment_bytes = 64 * 1024;
     options.disk = Arc::new(disk.clone());
     options.random = Arc::new(SeededRandom::new(1));

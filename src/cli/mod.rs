@@ -11,9 +11,11 @@ pub mod chat;
 pub mod child;
 pub mod demo;
 pub mod load;
+pub mod migrate;
 pub mod rebuild;
 pub mod serve;
 pub mod token;
+pub mod topology;
 
 /// End-to-end encrypted messaging for social platforms: a broker that can read nothing, and its clients.
 #[derive(Debug, Parser)]
@@ -31,9 +33,11 @@ enum Command {
     Chat(Box<chat::ChatArgs>),
     Demo(demo::Args),
     Load(Box<load::Args>),
+    Migrate(migrate::Args),
     Rebuild(rebuild::Args),
     Serve(serve::Args),
     Token(token::Args),
+    Topology(topology::Args),
 }
 
 /// Threads for short blocking calls, the stores' above all. Tokio's default of 512 buys no speed on a few cores, and each thread
@@ -62,9 +66,11 @@ pub fn main() -> ExitCode {
             Command::Chat(args) => chat::run(*args).await,
             Command::Demo(args) => demo::run(args).await,
             Command::Load(args) => load::run(*args).await,
+            Command::Migrate(args) => migrate::run(args).await,
             Command::Rebuild(args) => rebuild::run(args).await,
             Command::Serve(args) => serve::run(args).await,
             Command::Token(args) => token::run(args).await,
+            Command::Topology(args) => topology::run(args).await,
         }
     });
     match outcome {

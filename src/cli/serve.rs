@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use anyhow::Context as _;
 
 use super::broker::BrokerArgs;
-use crate::config::Config;
+use crate::config::{Config, Cql, Kafka, Role};
 use crate::server::Broker;
 
 /// Runs a broker on the embedded profile: log, store, projector and edge in one process, everything in one folder.
@@ -17,6 +17,15 @@ pub struct Args {
     /// Where to listen [default: 127.0.0.1:8470]; port 0 takes a free one.
     #[arg(long)]
     listen: Option<SocketAddr>,
+    /// What this process does; edge and projector alone need --kafka and --cql [default: all].
+    #[arg(long)]
+    role: Option<Role>,
+    /// The log on Kafka: host:port, several with commas.
+    #[arg(long)]
+    kafka: Option<String>,
+    /// The stores on ScyllaDB or Cassandra: host:port, several with commas.
+    #[arg(long)]
+    cql: Option<String>,
     /// Development mode: anybody who reaches the broker can be anybody. On by itself without configured realms on a loopback address.
     #[arg(long)]
     dev: bool,
@@ -28,6 +37,17 @@ impl Args {
         self.broker.load(|config| {
             if let Some(listen) = self.listen {
                 config.listen = listen;
+            }
+            if let Some(role) = self.role {
+                config.role = role;
+            }
+            if let Some(brokers) = self.kafka {
+                config.kafka = Some(
+                    config.kafka.take().map_or_else(|| Kafka::on(brokers.clone()), |kafka| Kafka { brokers: brokers.clone(), ..kafka }),
+                );
+            }
+            if let Some(hosts) = self.cql {
+                config.cql = Some(config.cql.take().map_or_else(|| Cql::on(hosts.clone()), |cql| Cql { hosts: hosts.clone(), ..cql }));
             }
             if self.dev {
                 config.dev = Some(true);

@@ -209,7 +209,7 @@ impl Sending for Acceptor {
 /// What a failed append means to the sender.
 pub fn append_failed(error: &AppendError) -> SendError {
     match error {
-        AppendError::Poisoned(_) | AppendError::Closed => SendError::OutcomeUnknown,
+        AppendError::Unknown(_) | AppendError::Poisoned(_) | AppendError::Closed => SendError::OutcomeUnknown,
         AppendError::Full | AppendError::Unavailable(_) => SendError::Unavailable { retry_after_ms: RETRY_AFTER_MS },
         AppendError::TooLarge => SendError::TooLarge("the request is larger than the log takes"),
         AppendError::NoSuchPartition => SendError::Internal,

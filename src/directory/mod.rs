@@ -109,7 +109,7 @@ impl From<AppendError> for DirectoryError {
         match error {
             AppendError::Full => Self::Busy,
             AppendError::TooLarge => Self::TooLarge,
-            AppendError::Poisoned(_) => Self::OutcomeUnknown,
+            AppendError::Unknown(_) | AppendError::Poisoned(_) => Self::OutcomeUnknown,
             AppendError::NoSuchPartition | AppendError::Unavailable(_) | AppendError::Closed => Self::Unavailable(error.to_string()),
         }
     }

@@ -6,6 +6,7 @@
 //! | `router` | every route, and the layers around them |
 //! | `auth` | the device credential of a request; routes are private unless they say otherwise |
 //! | `error` | the one error answer and the one mapping of codes to statuses |
+//! | `operations` | what every process shows its operators |
 //! | `http` | the routes, one file a feature |
 //! | `ws` | the device stream |
 
@@ -15,9 +16,11 @@ pub mod error;
 pub mod extract;
 pub mod http;
 pub mod limits;
+pub mod operations;
 pub mod router;
 pub mod serve;
 pub mod state;
 pub mod ws;
 
+pub use operations::Operations;
 pub use state::{EdgeState, Health, Parts};

@@ -7,6 +7,7 @@ use axum::extract::{DefaultBodyLimit, Request, State};
 use axum::http::{HeaderName, HeaderValue, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse as _, Response};
+use axum::routing::get;
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
 use utoipa::{Modify, OpenApi};
 use utoipa_axum::router::OpenApiRouter;
@@ -17,7 +18,7 @@ use super::auth::require_device;
 use super::error::ApiError;
 use super::http::{account, blocks, devices, inbox, keys, messages, ops, server, stream};
 use super::serve::Peer;
-use super::{EdgeState, limits::Client};
+use super::{EdgeState, Operations, limits::Client};
 use crate::limits;
 use crate::metrics;
 use crate::wire::stream::Code;
@@ -100,8 +101,19 @@ pub fn router(state: EdgeState) -> Router {
         .method_not_allowed_fallback(|| async {
             ApiError::bad_request("the page does not take this method").with_status(StatusCode::METHOD_NOT_ALLOWED)
         })
-        .layer(middleware::from_fn_with_state(state.clone(), around))
+        .layer(middleware::from_fn_with_state(state.operations.clone(), around))
         .with_state(state)
+}
+
+/// What a process without an edge serves: the pages for operators.
+pub fn operations(operations: Operations) -> Router {
+    Router::new()
+        .route("/healthz", get(ops::alive))
+        .route("/readyz", get(ops::ready))
+        .route("/metrics", get(ops::metrics))
+        .fallback(|| async { ApiError::not_found("this process serves no devices: it is a projector") })
+        .layer(middleware::from_fn_with_state(operations.clone(), around))
+        .with_state(operations)
 }
 
 /// The API's description.
@@ -110,19 +122,19 @@ pub fn document() -> utoipa::openapi::OpenApi {
 }
 
 /// Around every request: whose it is, its address's rate, its time, the headers of its answer.
-async fn around(State(state): State<EdgeState>, mut request: Request, next: Next) -> Response {
+async fn around(State(operations): State<Operations>, mut request: Request, next: Next) -> Response {
     let started = Instant::now();
     let page = request.uri().path().starts_with("/docs");
     let long_poll = request.uri().path() == "/v1/inbox";
     // Without a peer it did not come through `serve`; then it counts as nobody's.
     let peer = request.extensions().get::<Peer>().map_or(std::net::IpAddr::from([0; 4]), |peer| peer.0.ip());
-    let client: Client = state.rate_limits().client(peer, request.headers());
+    let client: Client = operations.rate_limits().client(peer, request.headers());
     request.extensions_mut().insert(client);
-    let mut response = match state.rate_limits().request_from(client) {
+    let mut response = match operations.rate_limits().request_from(client) {
         Err(limited) => limited.into_response(),
         Ok(()) => {
             let patience =
-                state.config.request_timeout() + if long_poll { Duration::from_secs(limits::LONG_POLL_S) } else { Duration::ZERO };
+                operations.config().request_timeout() + if long_poll { Duration::from_secs(limits::LONG_POLL_S) } else { Duration::ZERO };
             match tokio::time::timeout(patience, next.run(request)).await {
                 Ok(response) => response,
                 Err(_) => ApiError::new(Code::OutcomeUnknown, "the request took too long; what it asked for may or may not be done")
@@ -130,7 +142,7 @@ async fn around(State(state): State<EdgeState>, mut request: Request, next: Next
             }
         }
     };
-    harden(&mut response, page, state.config.tls.is_some());
+    harden(&mut response, page, operations.config().tls.is_some());
     metrics::observe_request(response.status().as_u16(), started.elapsed());
     response
 }

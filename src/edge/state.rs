@@ -4,7 +4,7 @@ use std::ops::Deref;
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use metrics_exporter_prometheus::PrometheusHandle;
+use axum::extract::FromRef;
 
 use crate::auth::Authenticator;
 use crate::auth::dev::DevRealm;
@@ -15,6 +15,7 @@ use crate::delivery::api::{Inbox, Sending};
 use crate::delivery::hub::Hub;
 use crate::directory::Directory;
 use crate::edge::limits::RateLimits;
+use crate::edge::operations::Operations;
 use crate::keys::KeyService;
 
 /// Says whether the broker can do its work.
@@ -26,8 +27,6 @@ pub trait Health: Send + Sync + 'static {
 
 /// The services that the edge is made of; put together by the composition root.
 pub struct Parts {
-    /// The validated configuration.
-    pub config: Arc<Config>,
     /// Wall-clock time.
     pub clock: Arc<dyn Clock>,
     /// For credentials.
@@ -48,39 +47,40 @@ pub struct Parts {
     pub inbox: Arc<dyn Inbox>,
     /// Streams.
     pub hub: Arc<Hub>,
-    /// For `/readyz`.
-    pub health: Arc<dyn Health>,
-    /// For `/metrics`.
-    pub exporter: PrometheusHandle,
+    /// What every process of a broker shows its operators.
+    pub operations: Operations,
 }
 
 /// What handlers share; cheap to clone.
 #[derive(Clone)]
-pub struct EdgeState(Arc<Inner>);
-
-/// [`Parts`], and what the edge makes of the configuration.
-pub struct Inner {
-    parts: Parts,
-    /// Rate limits of requests.
-    pub limits: RateLimits,
-}
+pub struct EdgeState(Arc<Parts>);
 
 impl EdgeState {
     /// From its parts.
     pub fn new(parts: Parts) -> Self {
-        let limits = RateLimits::new(&parts.config);
-        Self(Arc::new(Inner { parts, limits }))
+        Self(Arc::new(parts))
+    }
+
+    /// The validated configuration.
+    pub fn config(&self) -> &Config {
+        self.operations.config()
     }
 
     /// The rate limits of requests.
     pub fn rate_limits(&self) -> &RateLimits {
-        &self.0.limits
+        self.operations.rate_limits()
+    }
+}
+
+impl FromRef<EdgeState> for Operations {
+    fn from_ref(state: &EdgeState) -> Self {
+        state.operations.clone()
     }
 }
 
 impl Deref for EdgeState {
     type Target = Parts;
     fn deref(&self) -> &Parts {
-        &self.0.parts
+        &self.0
     }
 }

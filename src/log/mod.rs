@@ -14,6 +14,11 @@ use crate::ids::{Offset, Partition};
 #[cfg(any(test, feature = "test-util"))]
 pub mod conformance;
 pub mod embedded;
+#[cfg(feature = "cluster")]
+pub mod kafka;
+mod partitions;
+
+pub use partitions::PartitionCounts;
 
 /// The topics; see the design's table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -33,6 +38,9 @@ pub enum Topic {
 impl Topic {
     /// Those that are kept, in the order of their numbers: what an embedded log holds.
     pub const ALL: [Self; 4] = [Self::Inbox, Self::Groups, Self::Directory, Self::Metadata];
+
+    /// Those of a cluster.
+    pub const ON_CLUSTER: [Self; 5] = [Self::Inbox, Self::Groups, Self::Directory, Self::Metadata, Self::Push];
 
     /// Its name on every profile.
     pub const fn name(self) -> &'static str {
@@ -81,6 +89,10 @@ pub enum AppendError {
     /// A write failed before anything was on disk; nothing was appended and the log goes on. Retry later.
     #[error("the log can't write: {0}")]
     Unavailable(String),
+    /// The record may or may not be on the log: the broker did not answer in time. The log goes on, and a retry is safe
+    /// where G-IDEMPOTENT holds: what stands twice is delivered once.
+    #[error("nobody knows whether the record is on the log: {0}")]
+    Unknown(String),
     /// The log failed while it wrote or synced: the record may or may not survive. The log is poisoned
     /// and takes nothing more until it is opened anew (which decides what survived).
     #[error("the log failed and takes no more until a restart: {0}")]
@@ -93,7 +105,7 @@ pub enum AppendError {
 impl AppendError {
     /// Whether the record may be on the log in spite of the error.
     pub const fn outcome_unknown(&self) -> bool {
-        matches!(self, Self::Poisoned(_))
+        matches!(self, Self::Unknown(_) | Self::Poisoned(_))
     }
 }
 
@@ -139,8 +151,9 @@ pub trait AppendSink: Send + Sync {
 /// - **Durability.** `done(Ok)` is called after the record is on disk (embedded: fdatasync) or on all in-sync
 ///   replicas (Kafka: `acks=all`). Consumers never see a record before that.
 /// - **Bounds.** Queued bytes are capped; past the cap `submit` fails with [`AppendError::Full`] at once.
-/// - **Failure.** After a failed write or sync whose outcome is unknown the log is poisoned: every
-///   later append fails, [`EventLog::health`] says why, and opening it again recovers every acknowledged record.
+/// - **Failure.** After a failed write or sync of its own disk whose outcome is unknown the log is poisoned: every
+///   later append fails, [`EventLog::health`] says why, and opening it again recovers every acknowledged record. A broker
+///   that did not answer in time is another matter: that append is [`AppendError::Unknown`] and the log goes on.
 /// - **Idempotence.** None: an append that is retried may stand twice. The layers above deduplicate.
 #[async_trait]
 pub trait EventLog: Send + Sync + 'static {

@@ -485,11 +485,14 @@ impl Worker {
     }
 }
 
-/// Appends, waiting while the log is busy.
+/// Appends, waiting while the log is busy. One whose outcome is unknown is appended again: receipts, expiries and changes of
+/// an account mean the same twice.
 async fn append(log: &dyn EventLog, to: TopicPartition, payload: Bytes) -> Result<(), AppendError> {
     loop {
         match log.append(to, payload.clone()).await {
-            Err(AppendError::Full | AppendError::Unavailable(_)) => tokio::time::sleep(Duration::from_millis(20)).await,
+            Err(AppendError::Full | AppendError::Unavailable(_) | AppendError::Unknown(_)) => {
+                tokio::time::sleep(Duration::from_millis(20)).await
+            }
             other => return other.map(drop),
         }
     }

@@ -23,6 +23,8 @@ use crate::ids::{AccountId, DeviceAddr, DeviceId};
 use crate::server;
 use crate::wire::stream::{self, ClientBatch, ClientFrame, ServerBatch, client_frame, server_frame::Frame};
 
+#[cfg(feature = "cluster")]
+pub mod cluster;
 pub mod faulty_store;
 pub mod process;
 
@@ -50,6 +52,10 @@ impl Broker {
         // Segments are zero-filled ahead of their use: small ones keep tests quick.
         config.log.segment_bytes = 4 << 20;
         config.timeouts.drain_ms = 2_000;
+        #[cfg(feature = "cluster")]
+        if let Some(cluster) = cluster::TestCluster::of_folder(dir.path()).await? {
+            cluster.join(&mut config, crate::config::Role::All);
+        }
         change(&mut config);
         let running = server::Broker::start(config.clone()).await?;
         let url = running.url();
@@ -161,7 +167,7 @@ impl RawDevice {
         Ok(Self { base: base.to_owned(), http, addr: DeviceAddr { account, device }, credential, registration_id, first_message_id })
     }
 
-    /// The same device, for a server that listens elsewhere now.
+    /// The same device, for a server that listens elsewhere.
     pub fn at(&self, base: &str) -> Self {
         Self { base: base.to_owned(), ..self.clone() }
     }

@@ -6,7 +6,7 @@ use axum::response::{IntoResponse as _, Response};
 use subtle::ConstantTimeEq as _;
 
 use crate::config::Expose;
-use crate::edge::EdgeState;
+use crate::edge::Operations;
 use crate::edge::error::{ApiError, ErrorBody};
 use crate::edge::limits::Client;
 use crate::metrics::observe_process;
@@ -27,8 +27,8 @@ pub async fn alive() -> Response {
     get, path = "/readyz", tag = "operations",
     responses((status = 200, description = "`ready`", content_type = "text/plain"), (status = 503, description = "`unavailable`", body = ErrorBody))
 )]
-pub async fn ready(State(state): State<EdgeState>) -> Result<Response, ApiError> {
-    match state.health.ready().await {
+pub async fn ready(State(operations): State<Operations>) -> Result<Response, ApiError> {
+    match operations.health().ready().await {
         Ok(()) => Ok((TEXT, "ready\n").into_response()),
         Err(why) => Err(ApiError::new(Code::Unavailable, why)),
     }
@@ -42,12 +42,12 @@ pub async fn ready(State(state): State<EdgeState>) -> Result<Response, ApiError>
     responses((status = 200, description = "Prometheus text format 0.0.4", content_type = "text/plain"), (status = 404, body = ErrorBody))
 )]
 pub async fn metrics(
-    State(state): State<EdgeState>,
+    State(operations): State<Operations>,
     Extension(client): Extension<Client>,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
     let hidden = || ApiError::not_found("there is no such page");
-    let policy = &state.config.metrics;
+    let policy = &operations.config().metrics;
     let from_here = match policy.expose {
         Expose::Nobody => false,
         Expose::Loopback => client.loopback,
@@ -64,7 +64,7 @@ pub async fn metrics(
         }
     }
     // Rendering walks all samples: not on a thread that serves connections.
-    let exporter = state.exporter.clone();
+    let exporter = operations.exporter().clone();
     let rendered = tokio::task::spawn_blocking(move || {
         observe_process();
         exporter.render()

@@ -8,9 +8,10 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::ids::Partition;
+use crate::log::PartitionCounts;
 use crate::log::embedded::disk::{self, Disk};
 use crate::log::embedded::groups::Group;
-use crate::log::embedded::options::{OpenError, PartitionCounts};
+use crate::log::embedded::options::OpenError;
 use crate::log::embedded::view::View;
 use crate::log::{Topic, TopicPartition};
 

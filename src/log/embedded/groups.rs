@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use tokio::sync::Notify;
 
+use crate::log::PartitionCounts;
 use crate::log::Topic;
-use crate::log::embedded::options::PartitionCounts;
 
 /// A consumer's number within the process.
 pub(super) type MemberId = u64;

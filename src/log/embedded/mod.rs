@@ -57,7 +57,9 @@ mod summary;
 mod view;
 mod writer;
 
-pub use options::{OpenError, Options, PartitionCounts, Retention, SEGMENT_BYTES_MIN};
+pub use options::{OpenError, Options, Retention, SEGMENT_BYTES_MIN};
+
+pub use crate::log::PartitionCounts;
 pub use shared::Stats;
 
 /// See the module. Dropping it without [`EventLog::close`] is as good as a crash: what was acknowledged stays.

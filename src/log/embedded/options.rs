@@ -5,63 +5,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::clock::{Clock, Random, SystemClock, SystemRandom};
-use crate::ids::Partition;
 use crate::limits;
 use crate::log::embedded::disk::{Disk, RealDisk};
-use crate::log::{Topic, TopicPartition};
-
-/// How many partitions each topic has; chosen when the log is made, the same ever after.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct PartitionCounts {
-    /// Of [`Topic::Inbox`].
-    pub inbox: u16,
-    /// Of [`Topic::Groups`].
-    pub groups: u16,
-    /// Of [`Topic::Directory`].
-    pub directory: u16,
-    /// Of [`Topic::Metadata`].
-    pub metadata: u16,
-}
-
-impl Default for PartitionCounts {
-    fn default() -> Self {
-        Self { inbox: 16, groups: 16, directory: 4, metadata: 4 }
-    }
-}
-
-impl PartitionCounts {
-    /// Of a topic.
-    pub const fn of(&self, topic: Topic) -> u16 {
-        match topic {
-            Topic::Inbox => self.inbox,
-            Topic::Groups => self.groups,
-            Topic::Directory => self.directory,
-            Topic::Metadata => self.metadata,
-            // One process needs none.
-            Topic::Push => 0,
-        }
-    }
-
-    /// Of all topics together.
-    pub(super) fn total(&self) -> usize {
-        Topic::ALL.iter().map(|&topic| usize::from(self.of(topic))).sum()
-    }
-
-    /// A number for each partition, from 0, without holes.
-    pub(super) fn slot(&self, of: TopicPartition) -> Option<usize> {
-        if of.partition.0 >= self.of(of.topic) {
-            return None;
-        }
-        let before: usize = Topic::ALL.iter().take_while(|&&topic| topic != of.topic).map(|&topic| usize::from(self.of(topic))).sum();
-        Some(before + usize::from(of.partition.0))
-    }
-
-    /// All partitions, in the order of their slots.
-    pub(super) fn all(&self) -> Vec<TopicPartition> {
-        let of = |topic| (0..self.of(topic)).map(move |number| TopicPartition { topic, partition: Partition(number) });
-        Topic::ALL.into_iter().flat_map(of).collect()
-    }
-}
+use crate::log::{PartitionCounts, Topic};
 
 /// What may go from the old end of the log. Records of [`Topic::Directory`] never go by age or size: they
 /// are rewritten at the new end when the file they are in goes.

@@ -325,9 +325,6 @@ impl DirectoryStore for Memory {
     async fn device_keys(&self, device: DeviceAddr) -> Result<Option<DeviceKeys>, StoreError> {
         Ok(self.0.lock().keys.get(&device).cloned())
     }
-    async fn accounts(&self, _: Option<AccountId>, _: usize) -> Result<Vec<AccountRecord>, StoreError> {
-        Ok(self.0.lock().accounts.values().cloned().collect())
-    }
 }
 
 #[async_trait]

@@ -1,0 +1,50 @@
+//! Log and stores of the cluster profile.
+
+use std::sync::Arc;
+
+use crate::config::{Config, Cql, Kafka, SaslMechanism};
+use crate::log::Follow;
+use crate::log::kafka as log;
+use crate::server::{Backends, ServerError};
+use crate::store::cql as store;
+
+/// How to reach Kafka, as configured.
+pub fn kafka_options(kafka: &Kafka) -> log::KafkaOptions {
+    let mut options = log::KafkaOptions::new(kafka.brokers.clone());
+    options.prefix.clone_from(&kafka.prefix);
+    options.session_timeout = std::time::Duration::from_millis(kafka.session_timeout_ms);
+    options.tls =
+        kafka.tls.as_ref().map(|tls| log::KafkaTls { ca_file: tls.ca.clone(), cert_file: tls.cert.clone(), key_file: tls.key.clone() });
+    options.sasl = kafka.sasl.as_ref().map(|sasl| log::KafkaSasl {
+        mechanism: match sasl.mechanism {
+            SaslMechanism::Plain => log::SaslMechanism::Plain,
+            SaslMechanism::ScramSha256 => log::SaslMechanism::ScramSha256,
+            SaslMechanism::ScramSha512 => log::SaslMechanism::ScramSha512,
+        },
+        username: sasl.username.clone(),
+        password: sasl.password.expose().clone().into(),
+    });
+    options
+}
+
+/// How to reach the CQL store, as configured.
+pub fn cql_options(cql: &Cql) -> store::CqlOptions {
+    let mut options = store::CqlOptions::new(cql.hosts.clone(), cql.keyspace.clone());
+    if let Some(keyspace) = &cql.state_keyspace {
+        options.state_keyspace.clone_from(keyspace);
+    }
+    options.user = cql.username.clone().zip(cql.password.as_ref().map(|password| password.expose().clone().into()));
+    options.tls = cql.tls.as_ref().map(|tls| store::CqlTls { ca_file: tls.ca.clone() });
+    options
+}
+
+/// Opens both; what is missing or wrong is an error that says what to do.
+pub(super) async fn open(config: &Config) -> Result<Backends, ServerError> {
+    let (Some(kafka), Some(cql)) = (&config.kafka, &config.cql) else {
+        return Err(ServerError("the cluster profile needs both [kafka] and [cql]".to_owned()));
+    };
+    let log = log::KafkaLog::open(kafka_options(kafka)).await.map_err(|error| ServerError(error.to_string()))?;
+    let store = store::CqlStore::open(cql_options(cql)).await.map_err(|error| ServerError(error.to_string()))?;
+    let pushes = Some(Arc::clone(&log) as Arc<dyn Follow>);
+    Ok(Backends { log, delivery: store.clone(), directory: store.clone(), keys: store, pushes })
+}

@@ -1,0 +1,106 @@
+//! The projector's thread, and how far it is behind.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+
+use crate::delivery::sending::Acceptor;
+use crate::ids::Partition;
+use crate::limits;
+use crate::log::{EventLog, Topic, TopicPartition};
+use crate::metrics;
+use crate::projector::lag::Lag;
+use crate::projector::worker::{Pace, Parts as WorkerParts, Progress, Worker, WorkerError};
+use crate::server::ServerError;
+use crate::store::StoreError;
+
+/// The projector has its own thread: it is the one place where all messages pass, and it must not wait behind sockets.
+pub(super) fn spawn(
+    parts: WorkerParts,
+    pace: Pace,
+    stop: watch::Receiver<bool>,
+    failing: watch::Sender<Option<ServerError>>,
+) -> Result<(std::thread::JoinHandle<()>, watch::Receiver<Progress>), ServerError> {
+    let (outer, progress) = watch::channel(Progress::default());
+    let runtime = tokio::runtime::Handle::current();
+    let work = async move {
+        while !*stop.borrow() {
+            let (worker, mut inner) = Worker::new(parts.clone(), pace);
+            let forward = async {
+                while inner.changed().await.is_ok() {
+                    outer.send_replace(*inner.borrow_and_update());
+                }
+                std::future::pending::<()>().await;
+            };
+            let outcome = tokio::select! {
+                outcome = worker.run(stop.clone()) => outcome,
+                () = forward => unreachable!("forwarding never ends"),
+            };
+            outer.send_modify(|progress| progress.caught_up = false);
+            match outcome {
+                Ok(()) => return,
+                Err(error @ (WorkerError::Decode { .. } | WorkerError::Store(StoreError::Corrupt(_)))) => {
+                    tracing::error!(%error, "the projector can't go on");
+                    failing.send_replace(Some(error.into()));
+                    return;
+                }
+                Err(error) => {
+                    tracing::error!(%error, "the projector failed; it starts again from its position");
+                    tokio::time::sleep(Duration::from_secs(1)).await;
+                }
+            }
+        }
+    };
+    let thread = std::thread::Builder::new().name("projector".to_owned()).spawn(move || runtime.block_on(work))?;
+    Ok((thread, progress))
+}
+
+pub(super) async fn wait_until_caught_up(
+    mut progress: watch::Receiver<Progress>,
+    mut failed: watch::Receiver<Option<ServerError>>,
+) -> Result<(), ServerError> {
+    let mut every = tokio::time::interval(Duration::from_secs(2));
+    every.tick().await;
+    loop {
+        tokio::select! {
+            caught_up = progress.wait_for(|progress| progress.caught_up) => {
+                return caught_up.map(|_| ()).map_err(|_| ServerError("the projector ended".to_owned()));
+            }
+            error = failed.wait_for(Option::is_some) => {
+                if let Some(error) = error.ok().and_then(|error| error.clone()) {
+                    return Err(error);
+                }
+            }
+            _ = every.tick() => tracing::info!("still applying what is on the log"),
+        }
+    }
+}
+
+/// Accepting goes on without the projector, which may be slower: what it can't deliver soon is better refused.
+pub(super) async fn watch_lag(log: Arc<dyn EventLog>, progress: watch::Receiver<Progress>, acceptor: Arc<Acceptor>) {
+    let mut lag = Lag::default();
+    let mut every = tokio::time::interval(Duration::from_millis(limits::LAG_LOOK_MS));
+    every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut was_behind = false;
+    loop {
+        every.tick().await;
+        let mut end = 0;
+        for number in 0..log.partitions(Topic::Inbox) {
+            let tp = TopicPartition { topic: Topic::Inbox, partition: Partition(number) };
+            end += log.bounds(tp).await.map_or(0, |(_, end)| end.0);
+        }
+        let met = progress.borrow().met;
+        metrics::observe_lag(end.saturating_sub(met));
+        let behind = lag.look(tokio::time::Instant::now(), end, met);
+        acceptor.set_behind(behind);
+        if std::mem::replace(&mut was_behind, behind) != behind {
+            let records = end.saturating_sub(met);
+            if behind {
+                tracing::warn!(records, "delivery is too far behind: sends are refused until it has caught up");
+            } else {
+                tracing::info!(records, "delivery has caught up");
+            }
+        }
+    }
+}

@@ -1,0 +1,105 @@
+//! `sealpost rebuild`: the view made anew from the log.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use futures_util::future::BoxFuture;
+
+use crate::clock::SystemClock;
+use crate::config::Config;
+use crate::ids::{EdgeId, Offset, Partition};
+use crate::log::{AppendError, EventLog, Topic, TopicPartition};
+use crate::projector::push::{Push, PushBus};
+use crate::projector::worker::{Pace, Parts as WorkerParts, Worker};
+use crate::server::ServerError;
+use crate::server::embedded::{Opened, open};
+use crate::store::embedded::{EmbeddedStore, Options as StoreOptions};
+use crate::store::{DeliveryStore as _, DirectoryStore as _};
+
+/// What a rebuild did.
+#[derive(Debug, Clone, Copy)]
+pub struct Rebuilt {
+    /// Records applied.
+    pub records: u64,
+    /// How long it took.
+    pub elapsed: Duration,
+}
+
+/// Pushes to nobody: during a rebuild no edge runs.
+struct NoEdge;
+
+#[async_trait]
+impl PushBus for NoEdge {
+    async fn push(&self, _: EdgeId, _: Vec<Push>) {}
+    async fn broadcast(&self, _: Vec<Push>) {}
+    fn settled(&self) -> BoxFuture<'static, Result<(), AppendError>> {
+        Box::pin(std::future::ready(Ok(())))
+    }
+}
+
+/// Drops the view and makes it anew from the log. The broker of this folder must be stopped.
+pub async fn rebuild(config: &Config, on_progress: impl Fn(u64)) -> Result<Rebuilt, ServerError> {
+    let started = std::time::Instant::now();
+    if !Path::new(&config.data).join("log").exists() {
+        return Err(ServerError(format!("{} holds no log; name the broker's folder with --data", config.data.display())));
+    }
+    if config.is_cluster() {
+        return Err(ServerError("a cluster's view is rebuilt into a fresh keyspace; see docs/operations.md".to_owned()));
+    }
+    let quiet = applied_positions(config).await;
+    let opening = config.clone();
+    let Opened { log, store } =
+        tokio::task::spawn_blocking(move || open(&opening, true, None)).await.map_err(|error| ServerError(error.to_string()))??;
+    let quiet = match quiet {
+        Some(quiet) => quiet,
+        // The old view can't be read: then everything counts as applied before. At worst receipts of its last window are missing.
+        None => ends(log.as_ref()).await?,
+    };
+    let parts = WorkerParts {
+        log: Arc::clone(&log),
+        delivery: store.clone(),
+        directory: store.clone(),
+        keys: store.clone(),
+        bus: Arc::new(NoEdge),
+        clock: Arc::new(SystemClock),
+    };
+    let (worker, _) = Worker::new(parts, Pace::default());
+    let records = worker.quiet_before(quiet).catch_up(on_progress).await?;
+    log.close().await;
+    Ok(Rebuilt { records, elapsed: started.elapsed() })
+}
+
+fn partitions(config: &Config) -> impl Iterator<Item = TopicPartition> {
+    let of = |topic, count| (0..count).map(move |number| TopicPartition { topic, partition: Partition(number) });
+    of(Topic::Inbox, config.partitions.inbox).chain(of(Topic::Directory, config.partitions.directory))
+}
+
+/// Up to where the present view was applied; `None` if it can't be read.
+async fn applied_positions(config: &Config) -> Option<HashMap<TopicPartition, Offset>> {
+    let dir = config.data.join("store");
+    let store = tokio::task::spawn_blocking(move || EmbeddedStore::open(&dir, StoreOptions::default())).await.ok()?.ok()?;
+    let mut positions = HashMap::new();
+    for tp in partitions(config) {
+        let next = match tp.topic {
+            Topic::Directory => store.directory_position(tp.partition).await.ok()?,
+            _ => store.position(tp.partition).await.ok()?,
+        };
+        positions.insert(tp, next);
+    }
+    Some(positions)
+}
+
+async fn ends(log: &dyn EventLog) -> Result<HashMap<TopicPartition, Offset>, ServerError> {
+    let mut ends = HashMap::new();
+    for topic in [Topic::Inbox, Topic::Directory] {
+        for number in 0..log.partitions(topic) {
+            let tp = TopicPartition { topic, partition: Partition(number) };
+            let (_, end) = log.bounds(tp).await.map_err(|error| ServerError(error.to_string()))?;
+            ends.insert(tp, end);
+        }
+    }
+    Ok(ends)
+}
