@@ -63,7 +63,7 @@ impl Cluster {
     async fn edge(&self) -> Result<Process> {
         let edge = self.serve("edge", self.edge_port)?;
         let until = Instant::now() + Duration::from_secs(60);
-        while reqwest::get(format!("{}/readyz", self.url())).await.is_ok_and(|answer| answer.status().is_success()) == false {
+        while !reqwest::get(format!("{}/readyz", self.url())).await.is_ok_and(|answer| answer.status().is_success()) {
             ensure!(Instant::now() < until, "the edge does not become ready");
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
