@@ -9,11 +9,13 @@ pub mod broker;
 pub mod canary;
 pub mod chat;
 pub mod child;
+pub mod cluster;
 pub mod demo;
 pub mod load;
 pub mod rebuild;
 pub mod serve;
 pub mod token;
+pub mod topology;
 
 /// End-to-end encrypted messaging for social platforms: a broker that can read nothing, and its clients.
 #[derive(Debug, Parser)]
@@ -34,6 +36,7 @@ enum Command {
     Rebuild(rebuild::Args),
     Serve(serve::Args),
     Token(token::Args),
+    Topology(topology::Args),
 }
 
 /// Threads for short blocking calls, the stores' above all. Tokio's default of 512 buys no speed on a few cores, and each thread
@@ -65,6 +68,7 @@ pub fn main() -> ExitCode {
             Command::Rebuild(args) => rebuild::run(args).await,
             Command::Serve(args) => serve::run(args).await,
             Command::Token(args) => token::run(args).await,
+            Command::Topology(args) => topology::run(args).await,
         }
     });
     match outcome {

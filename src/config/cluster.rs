@@ -55,6 +55,35 @@ const fn session_timeout_ms() -> u64 {
     6_000
 }
 
+impl Kafka {
+    /// At these brokers, with the defaults.
+    pub const fn at(brokers: String) -> Self {
+        Self { brokers, prefix: String::new(), tls: None, sasl: None, session_timeout_ms: session_timeout_ms() }
+    }
+
+    fn validate(&self) -> Result<(), ConfigError> {
+        if !cfg!(feature = "cluster") {
+            return Err(invalid("kafka", "this binary was built without the cluster profile (cargo feature `cluster`)"));
+        }
+        if self.brokers.trim().is_empty() {
+            return Err(invalid("kafka.brokers", "is empty; give host:port, several with commas"));
+        }
+        if !self.prefix.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-')) || self.prefix.len() > 64 {
+            return Err(invalid("kafka.prefix", "at most 64 of letters, digits, `.`, `_` and `-`"));
+        }
+        if !(1_000..=300_000).contains(&self.session_timeout_ms) {
+            return Err(invalid("kafka.session_timeout_ms", "must be from 1000 to 300000 (milliseconds)"));
+        }
+        if self.sasl.as_ref().is_some_and(|sasl| sasl.mechanism == SaslMechanism::Plain) && self.tls.is_none() {
+            return Err(invalid(
+                "kafka.sasl.mechanism",
+                "PLAIN without TLS shows the password to the network; add [kafka.tls] or use SCRAM",
+            ));
+        }
+        Ok(())
+    }
+}
+
 /// TLS to the brokers. Their certificates and names are always checked.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -112,6 +141,13 @@ pub struct Cql {
     pub tls: Option<CqlTls>,
 }
 
+impl Cql {
+    /// At these hosts, with the defaults.
+    pub fn at(hosts: String) -> Self {
+        Self { hosts, keyspace: keyspace(), state_keyspace: None, username: None, password: None, tls: None }
+    }
+}
+
 fn keyspace() -> String {
     "sealpost".to_owned()
 }
@@ -130,6 +166,14 @@ impl Config {
         self.kafka.is_some()
     }
 
+    /// Where Kafka is, checked by itself: for tools that need nothing else.
+    pub fn kafka_alone(&self) -> Result<&Kafka, ConfigError> {
+        let missing = || invalid("kafka", "is missing: name the brokers with --kafka HOSTS, or in the section [kafka] of --config FILE");
+        let kafka = self.kafka.as_ref().ok_or_else(missing)?;
+        kafka.validate()?;
+        Ok(kafka)
+    }
+
     pub(super) fn validate_cluster(&self) -> Result<(), ConfigError> {
         match (&self.kafka, &self.cql) {
             (None, None) if self.role == Role::All => return Ok(()),
@@ -143,24 +187,7 @@ impl Config {
             (Some(_), Some(_)) => {}
         }
         let (Some(kafka), Some(cql)) = (&self.kafka, &self.cql) else { return Ok(()) };
-        if !cfg!(feature = "cluster") {
-            return Err(invalid("kafka", "this binary was built without the cluster profile (cargo feature `cluster`)"));
-        }
-        if kafka.brokers.trim().is_empty() {
-            return Err(invalid("kafka.brokers", "is empty; give host:port, several with commas"));
-        }
-        if !kafka.prefix.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-')) || kafka.prefix.len() > 64 {
-            return Err(invalid("kafka.prefix", "at most 64 of letters, digits, `.`, `_` and `-`"));
-        }
-        if !(1_000..=300_000).contains(&kafka.session_timeout_ms) {
-            return Err(invalid("kafka.session_timeout_ms", "must be from 1000 to 300000 (milliseconds)"));
-        }
-        if kafka.sasl.as_ref().is_some_and(|sasl| sasl.mechanism == SaslMechanism::Plain) && kafka.tls.is_none() {
-            return Err(invalid(
-                "kafka.sasl.mechanism",
-                "PLAIN without TLS shows the password to the network; add [kafka.tls] or use SCRAM",
-            ));
-        }
+        kafka.validate()?;
         if cql.hosts.trim().is_empty() {
             return Err(invalid("cql.hosts", "is empty; give host:port, several with commas"));
         }

@@ -39,7 +39,7 @@ mod options;
 mod producer;
 mod reader;
 
-pub use admin::{KafkaAdminError, NewKafkaTopic, create_topics, delete_topics};
+pub use admin::{KafkaAdminError, KafkaCluster, KafkaTopic, NewKafkaTopic, alter_settings, create_topics, delete_topics, describe_topics};
 pub use options::{KafkaOpenError, KafkaOptions, KafkaSasl, KafkaTls, SaslMechanism};
 
 /// See the module. Dropping it without [`EventLog::close`] fails what is queued; what was acknowledged stays.
