@@ -14,6 +14,7 @@ pub mod demo;
 pub mod load;
 pub mod rebuild;
 pub mod serve;
+pub mod status;
 pub mod token;
 pub mod topology;
 
@@ -35,6 +36,7 @@ enum Command {
     Load(Box<load::Args>),
     Rebuild(rebuild::Args),
     Serve(serve::Args),
+    Status(status::Args),
     Token(token::Args),
     Topology(topology::Args),
 }
@@ -67,6 +69,7 @@ pub fn main() -> ExitCode {
             Command::Load(args) => load::run(*args).await,
             Command::Rebuild(args) => rebuild::run(args).await,
             Command::Serve(args) => serve::run(args).await,
+            Command::Status(args) => status::run(args).await,
             Command::Token(args) => token::run(args).await,
             Command::Topology(args) => topology::run(args).await,
         }
