@@ -26,8 +26,6 @@ struct Outcome {
 fn topology(options: &KafkaOptions, arguments: &[&str]) -> Outcome {
     let mut command = Command::new(env!("CARGO_BIN_EXE_sealpost"));
     command.arg("topology").args(arguments).args(["--kafka", &options.brokers]).env("SEALPOST_KAFKA__PREFIX", &options.prefix);
-    // As flags do, the variable needs to know the brokers.
-    command.env("SEALPOST_KAFKA__BROKERS", &options.brokers);
     let output = command.output().expect("the binary runs");
     Outcome {
         ok: output.status.success(),

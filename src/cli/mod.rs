@@ -12,6 +12,7 @@ pub mod child;
 pub mod cluster;
 pub mod demo;
 pub mod load;
+pub mod probe;
 pub mod rebuild;
 pub mod serve;
 pub mod status;
@@ -34,6 +35,7 @@ enum Command {
     Chat(Box<chat::ChatArgs>),
     Demo(demo::Args),
     Load(Box<load::Args>),
+    Probe(probe::Args),
     Rebuild(rebuild::Args),
     Serve(serve::Args),
     Status(status::Args),
@@ -67,6 +69,7 @@ pub fn main() -> ExitCode {
             Command::Chat(args) => chat::run(*args).await,
             Command::Demo(args) => demo::run(args).await,
             Command::Load(args) => load::run(*args).await,
+            Command::Probe(args) => probe::run(args).await,
             Command::Rebuild(args) => rebuild::run(args).await,
             Command::Serve(args) => serve::run(args).await,
             Command::Status(args) => status::run(args).await,

@@ -56,11 +56,11 @@ struct Status {
 }
 
 #[derive(Debug, Serialize)]
-struct ProcessStatus {
-    url: String,
-    ready: bool,
+pub(super) struct ProcessStatus {
+    pub url: String,
+    pub ready: bool,
     /// What it says, or why it can't be asked.
-    says: String,
+    pub says: String,
 }
 
 #[derive(Debug, Serialize)]
@@ -238,7 +238,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn probe(urls: &[url::Url]) -> anyhow::Result<Vec<ProcessStatus>> {
+pub(super) async fn probe(urls: &[url::Url]) -> anyhow::Result<Vec<ProcessStatus>> {
     let http = reqwest::Client::builder().no_proxy().timeout(PROBE).build()?;
     let asked = urls.iter().map(|url| async {
         let answer = match http.get(format!("{}/readyz", url.as_str().trim_end_matches('/'))).send().await {

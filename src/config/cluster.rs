@@ -37,6 +37,7 @@ impl Role {
 #[serde(deny_unknown_fields)]
 pub struct Kafka {
     /// `host:port`, several with commas. One that answers is enough to find the others.
+    #[serde(default)]
     pub brokers: String,
     /// Goes in front of the names of topics and consumer groups, so that several services can share a cluster. Default: nothing.
     #[serde(default)]
@@ -127,6 +128,7 @@ pub enum SaslMechanism {
 #[serde(deny_unknown_fields)]
 pub struct Cql {
     /// `host:port`, several with commas. One that answers is enough to find the others.
+    #[serde(default)]
     pub hosts: String,
     /// The keyspace. Default `sealpost`.
     #[serde(default = "keyspace")]
