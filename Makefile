@@ -3,13 +3,15 @@
 CARGO ?= cargo
 # Seconds for each fuzz target of `make fuzz`.
 FUZZ_SECONDS ?= 20
+# Kafka brokers of `make test-cluster`: 1, or 3 with replication 3 and at least 2 in sync.
+BROKERS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo build test test-cluster compose-check fmt lint unit doc features wasm deny bench fuzz kill-audit tools wasm-target
+.PHONY: help demo build test test-cluster cluster-if-java compose-check fmt lint unit doc features wasm deny bench fuzz kill-audit tools wasm-target
 
 help:
 	@echo "make demo        build, then a narrated conversation through a broker that is killed on the way"
-	@echo "make test        everything that CI runs: format, lints, tests, documentation, wasm32, licences"
+	@echo "make test        everything that CI runs: format, lints, tests, documentation, wasm32, licences, cluster"
 	@echo "make test-cluster  the tests on a real Kafka and Cassandra, started for them (Java 17; Maven for the first time)"
 	@echo "make compose-check  docker-compose.yml, read by Docker Compose where it is installed"
 	@echo "make bench       log append, apply, bundle fetch, edge round trip, backlog drain"
@@ -22,7 +24,12 @@ demo: build
 build: tools
 	$(CARGO) build --release
 
-test: tools fmt lint unit doc features wasm deny compose-check
+test: tools fmt lint unit doc features wasm deny compose-check cluster-if-java
+
+# A machine without Java can't run Kafka and Cassandra: that is said, and never taken for a pass.
+cluster-if-java:
+	@if command -v java >/dev/null 2>&1 && command -v mvn >/dev/null 2>&1 && command -v python3 >/dev/null 2>&1; then $(MAKE) test-cluster; \
+	else echo "skipped: the tests of the cluster profile, which need Kafka and Cassandra and so Java 17, Maven and Python 3: apt-get install openjdk-17-jre-headless maven python3, then make test-cluster"; fi
 
 fmt:
 	$(CARGO) fmt --check
@@ -35,12 +42,13 @@ unit: tools
 
 # Compiled first, so that the servers do not wait; brought down whatever happens.
 test-cluster: tools
-	$(CARGO) test --all-features --test 'cluster_*' --no-run
+	$(CARGO) test --all-features --test 'cluster_*' --test delivery --test client_e2e --test client_repair --no-run
 	@dir=$$(mktemp -d "$${TMPDIR:-/tmp}/sealpost-cluster.XXXXXX"); \
 	trap 'topology/local down --dir "$$dir" && rm -rf "$$dir"' EXIT; trap 'exit 130' INT TERM; \
-	topology/local up --dir "$$dir" --only kafka,cassandra && \
+	topology/local up --dir "$$dir" --brokers $(BROKERS) --only kafka,cassandra && \
 	servers=$$(topology/local env --dir "$$dir") && \
-	env $$servers $(CARGO) test --all-features --test 'cluster_*' -- --test-threads=1 --nocapture
+	env $$servers $(CARGO) test --all-features --test 'cluster_*' -- --test-threads=1 --nocapture && \
+	env $$servers SEALPOST_TEST_PROFILE=cluster $(CARGO) test --all-features --test delivery --test client_e2e --test client_repair -- --test-threads=2
 
 # By the real parser. `COMPOSE` may name one that is not on the path.
 compose-check:
@@ -89,11 +97,14 @@ fuzz: tools
 		$(CARGO) fuzz run $$target -- -max_total_time=$(FUZZ_SECONDS) -rss_limit_mb=4096; \
 	done
 
-# protoc (libsignal's build and ours) and a C compiler (ring, SQLite, mimalloc).
+# protoc (libsignal's build and ours), a C compiler (ring, SQLite, mimalloc, librdkafka), OpenSSL and zlib (librdkafka).
 tools:
 	@missing=""; \
 	command -v protoc >/dev/null 2>&1 || missing="$$missing protobuf-compiler"; \
 	{ command -v cc && command -v make; } >/dev/null 2>&1 || missing="$$missing build-essential"; \
+	command -v pkg-config >/dev/null 2>&1 || missing="$$missing pkg-config"; \
+	pkg-config --exists openssl 2>/dev/null || missing="$$missing libssl-dev"; \
+	pkg-config --exists zlib 2>/dev/null || missing="$$missing zlib1g-dev"; \
 	[ -z "$$missing" ] && exit 0; \
 	sudo=""; [ "$$(id -u)" = 0 ] || sudo="sudo"; \
 	command -v apt-get >/dev/null 2>&1 || { echo "please install:$$missing (this is not a Debian or Ubuntu, so make does not try)"; exit 1; }; \

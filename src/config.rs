@@ -167,6 +167,8 @@ pub struct Realm {
     /// Its public keys by HTTPS (plain HTTP only from a loopback host).
     #[serde(default, deserialize_with = "some_url")]
     pub jwks_url: Option<Url>,
+    /// Certificates (PEM) of the authorities that may vouch for `jwks_url`, instead of the system's.
+    pub jwks_ca: Option<PathBuf>,
     /// Which signatures are accepted. Default: all three.
     #[serde(default = "RealmAlgorithm::all")]
     pub algorithms: Vec<RealmAlgorithm>,
@@ -473,6 +475,9 @@ impl Config {
                 (None, Some(url)) => validate_jwks_url(url).map_err(|problem| invalid(key("jwks_url"), problem))?,
                 _ => return Err(invalid(key("jwks_url"), "exactly one of jwks_url and jwks_file is needed: where the realm's keys are")),
             }
+            if realm.jwks_ca.is_some() && realm.jwks_url.as_ref().is_none_or(|url| url.scheme() != "https") {
+                return Err(invalid(key("jwks_ca"), "is only for an https:// jwks_url: nothing else has a certificate"));
+            }
         }
         Ok(())
     }
@@ -602,6 +607,8 @@ mod tests {
             ("", "realms.a.jwks_url"),
             ("jwks_file = \"f\"\njwks_url = \"https://h/\"", "realms.a.jwks_url"),
             ("jwks_url = \"http://example.org/\"", "realms.a.jwks_url"),
+            ("jwks_file = \"f\"\njwks_ca = \"f\"", "realms.a.jwks_ca"),
+            ("jwks_url = \"http://localhost/\"\njwks_ca = \"f\"", "realms.a.jwks_ca"),
             ("jwks_file = \"f\"\nalgorithms = []", "realms.a.algorithms"),
             ("jwks_file = \"f\"\n[[realms]]\nname = \"a\"\nissuer = \"j\"\naudience = \"s\"\njwks_file = \"f\"", "realms.a.name"),
             ("jwks_file = \"f\"\n[[realms]]\nname = \"b\"\nissuer = \"i\"\naudience = \"s\"\njwks_file = \"f\"", "realms.b.audience"),

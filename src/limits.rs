@@ -73,6 +73,20 @@ pub const LOG_CHUNK_BYTES: usize = 4 * 1024 * 1024;
 pub const LOG_TAIL_BYTES: usize = 64 * 1024 * 1024;
 /// Recent records that the log keeps in memory although every consumer has had them.
 pub const LOG_TAIL_KEPT_BYTES: usize = 2 * 1024 * 1024;
+/// Requests to the CQL cluster at once, of one process: enough to keep it busy, few enough to leave it to others.
+pub const CQL_IN_FLIGHT: usize = 128;
+/// Writes of a flush at once: nobody waits for a flush, and what somebody waits for must not stand behind thousands of its rows.
+pub const CQL_WRITES_AT_ONCE: usize = 8;
+/// How long one request to the CQL cluster may take, in milliseconds; past it the store counts as unavailable and is asked again.
+pub const CQL_REQUEST_MS: u64 = 5_000;
+/// How long one connection to a CQL server may take, in milliseconds.
+pub const CQL_CONNECT_MS: u64 = 5_000;
+/// How long opening the CQL store may take, in milliseconds.
+pub const CQL_OPEN_MS: u64 = 10_000;
+/// Rows asked for in one request to the CQL cluster.
+pub const CQL_PAGE_ROWS: usize = 512;
+/// Buckets and days of inboxes that a process knows to be listed; more are listed again.
+pub const CQL_LISTED: usize = 200_000;
 /// What is aimed at for one record of the push topic, in bytes: large enough to share a request, small enough to stay live.
 pub const PUSH_RECORD_BYTES: usize = 128 * 1024;
 /// Bytes that a consumer of the log is given at once.
@@ -116,8 +130,20 @@ pub const WINDOW_BYTES: usize = 64 * 1024 * 1024;
 pub const WINDOW_MS: u64 = 1_000;
 /// How soon receipts leave, and items of devices without a stream are readable by polls: long enough to put many together.
 pub const RECEIPT_DELAY_MS: u64 = 25;
+/// The same on a cluster, where each partition's share is a request of its own.
+pub const CLUSTER_RECEIPT_DELAY_MS: u64 = 60;
+/// How long an edge gathers acknowledgements before it appends them: far below the coalescing window, so that what is acknowledged
+/// still never reaches the store.
+pub const ACK_DELAY_MS: u64 = 5;
+/// The same on a cluster, where each partition's share is a request of its own.
+pub const CLUSTER_ACK_DELAY_MS: u64 = 40;
 /// Entries in one `Receipts` event; more go into the next.
 pub const RECEIPT_ENTRIES: usize = 1_024;
+/// How long what is accepted may wait for the projector; past that sends are refused (503) until it has caught up by half. Above any
+/// stall of a disk that keeps up on the whole, far below what a person takes for lost.
+pub const LAG_MS: u64 = 5_000;
+/// How often that is looked at: each look asks the log for the end of each partition.
+pub const LAG_LOOK_MS: u64 = 100;
 /// Inboxes and dedupe marks that a projector keeps in memory; clean ones are dropped past that.
 pub const HOT_ENTRIES: usize = 200_000;
 

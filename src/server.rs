@@ -30,12 +30,13 @@ use crate::edge::serve::{Listener, Options as ServeOptions, ServeError, serve};
 use crate::edge::{EdgeState, Health, Operations, Parts, router};
 use crate::ids::EdgeId;
 use crate::keys::KeyService;
+use crate::limits;
 use crate::log::embedded::OpenError as LogOpenError;
 use crate::log::{AppendError, EventLog, Follow, Topic};
 use crate::metrics;
 use crate::projector::push::{Push, PushBus};
 use crate::projector::push_topic::{self, PushTarget, PushTopic};
-use crate::projector::worker::{Parts as WorkerParts, Progress, WorkerError};
+use crate::projector::worker::{Pace, Parts as WorkerParts, Progress, WorkerError};
 use crate::store::embedded::OpenError as StoreOpenError;
 use crate::store::{DeliveryStore, DirectoryStore, KeyStore, StoreError};
 
@@ -46,7 +47,7 @@ mod projecting;
 mod rebuild;
 
 #[cfg(feature = "cluster")]
-pub use cluster::kafka_options;
+pub use cluster::{cql_options, kafka_options};
 pub use rebuild::{Rebuilt, rebuild};
 
 /// Why a broker did not start, or stopped by itself. Each says what to do.
@@ -76,13 +77,14 @@ struct Backends {
 }
 
 impl Backends {
-    async fn open(config: &Arc<Config>) -> Result<Self, ServerError> {
+    /// Over another log than the profile's, for tests in which it fails.
+    async fn open(config: &Arc<Config>, log: Option<Arc<dyn EventLog>>) -> Result<Self, ServerError> {
         #[cfg(feature = "cluster")]
         if config.is_cluster() {
             return cluster::open(config).await;
         }
         let opening = Arc::clone(config);
-        let opened = tokio::task::spawn_blocking(move || embedded::open(&opening, false)).await;
+        let opened = tokio::task::spawn_blocking(move || embedded::open(&opening, false, log)).await;
         let embedded::Opened { log, store } = opened.map_err(|error| ServerError(error.to_string()))??;
         Ok(Self { log, delivery: store.clone(), directory: store.clone(), keys: store, pushes: None })
     }
@@ -112,6 +114,13 @@ fn dev_realm(config: &Config, random: &dyn Random) -> Result<Option<DevRealm>, S
     }
     tracing::warn!("DEVELOPMENT MODE is on: anybody who reaches this broker can be anybody, and rate limits are off");
     Ok(Some(DevRealm::open(&config.data, random)?))
+}
+
+fn pace(config: &Config) -> Pace {
+    match config.is_cluster() {
+        true => Pace { soon: Duration::from_millis(limits::CLUSTER_RECEIPT_DELAY_MS), ..Pace::default() },
+        false => Pace::default(),
+    }
 }
 
 /// What an edge is made of, before it serves.
@@ -154,6 +163,7 @@ impl Edge {
             Arc::clone(&directory),
             Arc::clone(&acceptor),
             Arc::clone(&random),
+            Duration::from_millis(if config.is_cluster() { limits::CLUSTER_ACK_DELAY_MS } else { limits::ACK_DELAY_MS }),
         ));
         Ok(Self { hub, directory, acceptor, realms, dev, clock, random })
     }
@@ -195,10 +205,20 @@ impl Broker {
 
     /// The same by another clock, for tests in which a month goes by.
     pub async fn start_by(config: Config, clock: Arc<dyn Clock>) -> Result<Self, ServerError> {
+        Self::start_over(config, clock, None).await
+    }
+
+    /// The same over another log, for tests in which it fails.
+    #[cfg(any(test, feature = "test-util"))]
+    pub async fn start_with_log(config: Config, log: Arc<dyn EventLog>) -> Result<Self, ServerError> {
+        Self::start_over(config, Arc::new(SystemClock), Some(log)).await
+    }
+
+    async fn start_over(config: Config, clock: Arc<dyn Clock>, log: Option<Arc<dyn EventLog>>) -> Result<Self, ServerError> {
         config.validate()?;
         let config = Arc::new(config);
         let exporter = metrics::install();
-        let backends = Backends::open(&config).await?;
+        let backends = Backends::open(&config, log).await?;
         let listener = Listener::bind(&config).await?;
         let address = listener.address();
         let url = format!("{}://{address}", listener.scheme());
@@ -229,9 +249,13 @@ impl Broker {
                 bus,
                 clock: Arc::clone(&clock),
             };
-            let (thread, watching) = projecting::spawn(parts, projector_stops, failing.clone())?;
+            let (thread, watching) = projecting::spawn(parts, pace(&config), projector_stops, failing.clone())?;
             if !config.is_cluster() {
                 projecting::wait_until_caught_up(watching.clone(), failed.clone()).await?;
+            }
+            if let (Some(edge), false) = (&edge, config.is_cluster()) {
+                let acceptor = Arc::clone(&edge.acceptor);
+                tasks.push(tokio::spawn(projecting::watch_lag(Arc::clone(&backends.log), watching.clone(), acceptor)));
             }
             (projector, progress) = (Some(thread), Some(watching));
         }
@@ -287,12 +311,14 @@ impl Broker {
         }
     }
 
-    /// Drains: no new connections, streams told to go elsewhere, acknowledgements and the coalescing window written, log closed.
+    /// Drains: not ready any more and no new streams, streams told to go elsewhere, then no new connections, acknowledgements and the
+    /// coalescing window written, log closed.
     pub async fn stop(mut self) {
-        self.drain.cancel();
+        // Balancers that ask are answered while the streams go; requests work until the last of them is gone.
         if let Some(hub) = &self.hub {
             hub.drain(self.drain_time).await;
         }
+        self.drain.cancel();
         if tokio::time::timeout(self.drain_time, &mut self.serving).await.is_err() {
             self.serving.abort();
         }

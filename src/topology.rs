@@ -420,11 +420,11 @@ mod tests {
         inbox.partitions = 64;
         let plan = topology.compare(&found);
         let inbox = of(&plan, Topic::Inbox);
-        assert_eq!(plan.to_alter(), [(Topic::Inbox, vec![("retention.ms".to_owned(), "2592000000".to_owned())])]);
+        assert_eq!(plan.to_alter(), [(Topic::Inbox, vec![("retention.ms".to_owned(), "2678400000".to_owned())])]);
         assert!(plan.to_create().is_empty());
         assert!(inbox.by_hand.len() == 1 && inbox.by_hand[0].contains("64 partitions, not 16"), "{inbox:?}");
         let text = plan.to_string();
-        assert!(text.contains("~ retention.ms = 60000 (1 m) -> 2592000000 (30 d)"), "{text}");
+        assert!(text.contains("~ retention.ms = 60000 (1 m) -> 2678400000 (31 d)"), "{text}");
         assert!(text.contains("= groups, directory, metadata, push  as wanted"), "{text}");
     }
 
@@ -450,8 +450,8 @@ mod tests {
         };
         assert!(with("partitions = 16", "partitions = 0").contains("inbox.partitions"));
         assert!(with("partitions = 16", "partitions = 1025").contains("inbox.partitions"));
-        assert!(with("retention = \"30d\"", "retention = \"30\"").contains("30d"));
-        assert!(with("retention = \"30d\"", "retention = \"0d\"").contains("30d"));
+        assert!(with("retention = \"31d\"", "retention = \"30\"").contains("30d"));
+        assert!(with("retention = \"31d\"", "retention = \"0d\"").contains("30d"));
         assert!(with("# replication = 3", "replication = 0").contains("replication"));
         assert!(with("\"segment.ms\" = \"86400000\"", "\"retention.ms\" = \"1\"").contains("inbox.settings"));
         assert!(with("\"segment.ms\" = \"86400000\"", "\"cleanup.policy\" = \"compact\"").contains("compacted"));

@@ -227,7 +227,7 @@ async fn a_silent_server_is_left_and_tried_again() {
 async fn signed_prekeys_are_replaced_when_they_are_a_week_old() {
     let world = World::new().await;
     let clock = ManualClock::new(SystemClock.now());
-    let environment = Environment { clock: Arc::new(clock.clone()), random: Arc::new(SystemRandom) };
+    let environment = Environment { clock: Arc::new(clock.clone()), random: Arc::new(SystemRandom), ca: None };
     let token = world.token("alice@socialink").await;
     let alice = Client::register_with(&world.url, vec![token], "alice", world.path("alice"), environment).await.expect("registered");
     let reader = RawDevice::register(&world.url, "reader@local").await.expect("registered");

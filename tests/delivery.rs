@@ -103,6 +103,49 @@ async fn the_same_message_id_is_accepted_again_and_delivered_once() -> Test {
     Ok(())
 }
 
+/// Marks outlive devices: without a new beginning, its first messages would be answered OK and dropped as repeats.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_device_number_that_is_given_again_has_no_predecessor() -> Test {
+    let mut broker = Broker::start().await?;
+    let bob = broker.device("bob@vignette").await?;
+    let mut last = broker.device("alice@socialink").await?;
+    for id in 1..=3 {
+        assert_eq!(last.post(&[&bob], id, b"of the first").await?.0, StatusCode::OK);
+    }
+    for number in 2..=128 {
+        let next = broker.device("alice@socialink").await?;
+        assert_eq!(u32::from(next.addr.device.get()), (number - 1) % 127 + 1);
+        assert_eq!(next.first_message_id == 1, number <= 127, "{number}: {}", next.first_message_id);
+        let (status, _) = last.call(Method::DELETE, &format!("/v1/devices/{}", last.addr.device.get()), None).await?;
+        assert_eq!(status, StatusCode::NO_CONTENT);
+        last = next;
+    }
+    let alice = last;
+    assert!(alice.first_message_id > 1_700_000_000_000, "the registration's time");
+    for id in [1, 3, 4, alice.first_message_id - 1] {
+        let (status, answer) = alice.post(&[&bob], id, b"too low").await?;
+        assert_eq!((status, &answer["code"]), (StatusCode::BAD_REQUEST, &json!("bad_request")), "{answer}");
+        assert!(answer["message"].as_str().is_some_and(|text| text.contains("first_message_id")), "{answer}");
+        let mut a = alice.connect().await?;
+        a.send(&[&bob], id, b"too low").await?;
+        let result = a.result(id).await?;
+        assert!(result.code() == Code::BadRequest && result.message.contains("first_message_id"), "{result:?}");
+    }
+    // It is kept with the account.
+    broker.restart().await?;
+    assert_eq!(alice.post(&[&bob], 1, b"too low").await?.0, StatusCode::BAD_REQUEST);
+    for _ in 0..2 {
+        assert_eq!(alice.post(&[&bob], alice.first_message_id, b"of the second").await?.0, StatusCode::OK);
+    }
+    let mut a = alice.connect().await?;
+    a.send(&[&bob], alice.first_message_id, b"of the second").await?;
+    accepted(&mut a, alice.first_message_id).await?;
+    let backlog = bob.connect().await?.backlog().await?;
+    let contents: Vec<_> = backlog.iter().map(|envelope| envelope.content.as_ref()).collect();
+    assert_eq!(contents, [&b"of the first"[..], b"of the first", b"of the first", b"of the second"]);
+    Ok(())
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_message_id_too_far_behind_is_refused_not_dropped() -> Test {
     let broker = Broker::start().await?;

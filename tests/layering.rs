@@ -11,8 +11,9 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("limits", &[]),
     ("clock", &["ids", "limits"]),
     ("wire", &["ids", "limits", "clock"]),
-    ("log", &["ids", "limits", "clock", "metrics"]),
-    ("store", &["ids", "limits", "clock", "wire", "metrics"]),
+    ("background", &[]),
+    ("log", &["ids", "limits", "clock", "metrics", "background"]),
+    ("store", &["ids", "limits", "clock", "wire", "metrics", "background"]),
     ("client", &["ids", "limits", "clock", "wire"]),
     ("client/core", &["ids", "limits", "clock", "wire", "client"]),
 ];
@@ -21,7 +22,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
 const ONLY_THERE: &[(&str, &[&str])] = &[
     ("axum", &["edge", "testing"]),
     ("rdkafka", &["log/kafka"]),
-    ("scylla", &["store/scylla"]),
+    ("scylla", &["store/cql"]),
     ("fjall", &["store/embedded"]),
     ("rusqlite", &["client"]),
     ("clap", &["cli", "main", "config"]),

@@ -45,8 +45,14 @@ fn commands_and_their_options_exist() {
             let command = line.trim_start().strip_prefix("target/release/").unwrap_or(line.trim_start());
             let Some(arguments) = command.strip_prefix("sealpost ") else { continue };
             let words: Vec<String> = arguments.split_whitespace().map(str::to_owned).collect();
-            let kinds = ["idle", "backlog", "bundles"];
-            let nested = words.get(1).is_some_and(|word| words[0] == "load" && kinds.contains(&word.as_str()));
+            let kinds = |of: &str| -> &[&str] {
+                match of {
+                    "load" => &["idle", "backlog", "bundles"],
+                    "topology" => &["plan", "apply", "check"],
+                    _ => &[],
+                }
+            };
+            let nested = words.get(1).is_some_and(|word| kinds(&words[0]).contains(&word.as_str()));
             let subcommand = words[..if nested { 2 } else { 1 }].to_vec();
             let help = helps.entry(subcommand.clone()).or_insert_with(|| {
                 let output = Command::new(env!("CARGO_BIN_EXE_sealpost")).args(&subcommand).arg("--help").output().unwrap();

@@ -188,10 +188,10 @@ async fn a_folder_that_is_in_use_is_refused() {
 async fn another_layout_is_refused_and_left_alone() {
     let dir = folder();
     drop(open(dir.path()));
-    std::fs::write(dir.path().join("format"), "sealpost store 2\n").expect("writes");
+    std::fs::write(dir.path().join("format"), "sealpost store 3\n").expect("writes");
     let error = EmbeddedStore::open(dir.path(), Options::default()).expect_err("is newer");
-    assert!(matches!(&error, OpenError::Version { found, .. } if found == "sealpost store 2"), "{error}");
-    std::fs::write(dir.path().join("format"), "sealpost store 1\n").expect("writes");
+    assert!(matches!(&error, OpenError::Version { found, .. } if found == "sealpost store 3"), "{error}");
+    std::fs::write(dir.path().join("format"), "sealpost store 2\n").expect("writes");
     open(dir.path());
 }
 

@@ -4,11 +4,15 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::StreamExt as _;
+use prost::Message as _;
 use sealpost::clock::{Clock as _, ManualClock, SystemClock};
 use sealpost::limits;
 use sealpost::testing::{Broker, PATIENCE, RawDevice, RawStream};
-use sealpost::wire::stream::{CloseReason, Code, GapReason, ReceiptKind, server_frame::Frame};
+use sealpost::wire::stream::{CloseReason, Code, GapReason, ReceiptKind, ServerBatch, server_frame::Frame};
 use tokio::task::JoinHandle;
+use tokio_tungstenite::tungstenite::Message;
+use tokio_tungstenite::tungstenite::client::IntoClientRequest as _;
 
 type Test = anyhow::Result<()>;
 
@@ -55,12 +59,69 @@ async fn half_dead_streams_are_found_and_closed_and_silent_ones_that_answer_are_
     b.closed().await?;
     assert!(b.pings > 0, "it was asked before");
     let figures = reqwest::get(format!("{}/metrics", broker.url())).await?.text().await?;
-    assert!(figures.contains("sealpost_stream_closed_total{reason=\"IDLE\"} 1\n"), "{figures}");
+    // All brokers of this process count together.
+    let idle = figures.lines().find_map(|line| line.strip_prefix("sealpost_stream_closed_total{reason=\"IDLE\"} "));
+    assert!(idle.is_some_and(|count| count != "0"), "{figures}");
     assert!(!alive.is_finished(), "who answers pings stays");
     alive.abort();
     // Its inbox waits, and the device comes back.
     alice.post(&[&bob], 1, b"still there").await?;
     assert_eq!(bob.connect().await?.backlog().await?.len(), 1);
+    Ok(())
+}
+
+/// A peer that stopped reading under a flow of large envelopes: the kernel's buffers are full, so that not even the reason to
+/// close can be written. The stream goes without a word.
+#[tokio::test]
+async fn a_socket_that_takes_nothing_more_is_cut_within_its_ticks() -> Test {
+    let broker = Broker::start().await?;
+    let (alice, bob) = pair(&broker).await?;
+    let socket = tokio::net::TcpSocket::new_v4()?;
+    socket.set_recv_buffer_size(4 * 1024)?;
+    let socket = socket.connect(broker.url().trim_start_matches("http://").parse()?).await?;
+    let mut request = format!("{}/v1/stream", broker.url().replacen("http", "ws", 1)).into_client_request()?;
+    request.headers_mut().insert("authorization", format!("Bearer {}", bob.credential).parse()?);
+    let (mut socket, _) = tokio_tungstenite::client_async(request, socket).await?;
+    let mut a = alice.connect().await?;
+    a.backlog().await?;
+    let content = vec![5; limits::ENVELOPE_BYTES];
+    let total = (2 * limits::UNACKED_BYTES / content.len()) as u64;
+    for id in 1..=total {
+        a.send(&[&bob], id, &content).await?;
+        assert_eq!(a.result(id).await?.code(), Code::Ok);
+    }
+    let alive = read_on(a);
+    // So that what goes out has gone out, as far as it goes.
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    tokio::time::pause();
+    // Silence is answered with a close after twice its ticks; that it can't be written shows with the second look behind that.
+    ticks(2 * limits::HEARTBEAT_TICKS + 3).await;
+    tokio::time::resume();
+    // Reading on would let a stream that is only stuck say why it closes, or go on. Nothing of that comes, and it ends at once,
+    // sooner than any further look.
+    let rest = async {
+        let mut frames = Vec::new();
+        while let Some(Ok(message)) = socket.next().await {
+            if let Message::Binary(bytes) = message {
+                frames.extend(ServerBatch::decode(bytes)?.frames.into_iter().filter_map(|frame| frame.frame));
+            }
+        }
+        anyhow::Ok(frames)
+    };
+    let frames = tokio::time::timeout(Duration::from_millis(limits::HEARTBEAT_TICK_MS / 2), rest).await.expect("it was cut before")?;
+    assert!(matches!(frames.first(), Some(Frame::Hello(_))), "it was open");
+    assert!(!frames.iter().any(|frame| matches!(frame, Frame::Closing(_))), "the reason could not be written");
+    let came = frames.iter().filter(|frame| matches!(frame, Frame::Envelope(_))).count() as u64;
+    assert!(came < (limits::UNACKED_BYTES / content.len()) as u64, "the buffers were full before flow control paused the feed: {came}");
+    assert!(!alive.is_finished(), "nobody else was");
+    alive.abort();
+    // Its inbox waits, and the device comes back.
+    let mut b = bob.connect().await?;
+    for id in 1..=total {
+        let envelope = b.envelope().await?;
+        assert_eq!(envelope.client_message_id, id);
+        b.ack(envelope.seq).await?;
+    }
     Ok(())
 }
 

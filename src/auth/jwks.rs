@@ -139,11 +139,16 @@ pub enum Source {
 }
 
 impl Source {
-    /// By HTTP, with time-outs, without redirects (the configured address is the trusted one).
-    pub fn url(url: Url) -> Result<Self, JwksError> {
+    /// By HTTP, with time-outs, without redirects (the configured address is the trusted one). With `ca` (PEM) only those
+    /// authorities vouch for it.
+    pub fn url(url: Url, ca: Option<&Path>) -> Result<Self, JwksError> {
         // An error means that somebody installed one before, which is as good.
         let _ = rustls::crypto::ring::default_provider().install_default();
-        let client = reqwest::Client::builder()
+        let mut builder = reqwest::Client::builder();
+        if let Some(ca) = ca {
+            builder = builder.tls_certs_only(authorities(ca)?);
+        }
+        let client = builder
             .connect_timeout(Duration::from_secs(3))
             .timeout(Duration::from_secs(8))
             .redirect(reqwest::redirect::Policy::none())
@@ -163,6 +168,13 @@ impl Source {
             Self::Fixed => Err(JwksError::Fetch("these keys never change".to_owned())),
         }
     }
+}
+
+fn authorities(path: &Path) -> Result<Vec<reqwest::Certificate>, JwksError> {
+    let wrong = |source| JwksError::File { path: path.into(), source };
+    let pem = std::fs::read(path).map_err(wrong)?;
+    let all = reqwest::Certificate::from_pem_bundle(&pem).map_err(|error| wrong(std::io::Error::other(error)))?;
+    if all.is_empty() { Err(wrong(std::io::Error::other("it holds no certificate"))) } else { Ok(all) }
 }
 
 fn read_file(path: &Path) -> Result<Vec<RealmKey>, JwksError> {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 
 use crate::directory::Directory;
-use crate::ids::DeviceAddr;
+use crate::ids::{ClientMessageId, DeviceAddr};
 use crate::store::StoreError;
 
 pub mod credential;
@@ -15,18 +15,28 @@ pub mod realm;
 
 use credential::Credential;
 
+/// A device that has proved who it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KnownDevice {
+    /// Which one.
+    pub addr: DeviceAddr,
+    /// Where its client message ids begin: lower ones may be those of an earlier device of its number.
+    pub first_message_id: ClientMessageId,
+}
+
 /// Where the hashes of credentials are.
 #[async_trait]
 pub trait CredentialHashes: Send + Sync + 'static {
-    /// SHA-256 of the device's secret; `None` if there is no such device (any more).
-    async fn credential_hash(&self, device: DeviceAddr) -> Result<Option<[u8; 32]>, StoreError>;
+    /// The device with SHA-256 of its secret; `None` if there is no such device (any more).
+    async fn credential_hash(&self, device: DeviceAddr) -> Result<Option<(KnownDevice, [u8; 32])>, StoreError>;
 }
 
 #[async_trait]
 impl CredentialHashes for Directory {
-    async fn credential_hash(&self, device: DeviceAddr) -> Result<Option<[u8; 32]>, StoreError> {
-        let view = self.get(device.account).await?;
-        Ok(view.as_ref().filter(|view| !view.deleted).and_then(|view| view.device(device.device)).map(|device| device.credential_hash))
+    async fn credential_hash(&self, addr: DeviceAddr) -> Result<Option<(KnownDevice, [u8; 32])>, StoreError> {
+        let view = self.get(addr.account).await?;
+        let device = view.as_ref().filter(|view| !view.deleted).and_then(|view| view.device(addr.device));
+        Ok(device.map(|device| (KnownDevice { addr, first_message_id: device.first_message_id }, device.credential_hash)))
     }
 }
 
@@ -54,12 +64,12 @@ impl Authenticator {
     }
 
     /// Whose credential it is. An unknown device and a wrong secret do the same work and get the same answer.
-    pub async fn authenticate(&self, text: &str) -> Result<DeviceAddr, AuthError> {
+    pub async fn authenticate(&self, text: &str) -> Result<KnownDevice, AuthError> {
         let credential = Credential::parse(text).map_err(|_| AuthError::Refused)?;
-        let hash = self.hashes.credential_hash(credential.device).await?;
+        let (device, hash) = self.hashes.credential_hash(credential.device).await?.unzip();
         // No secret has this hash, but comparing takes as long.
         let matches = credential.secret.matches(&hash.unwrap_or([0; 32]));
-        if matches && hash.is_some() { Ok(credential.device) } else { Err(AuthError::Refused) }
+        device.filter(|_| matches).ok_or(AuthError::Refused)
     }
 }
 
@@ -70,12 +80,16 @@ mod tests {
     use crate::clock::SeededRandom;
     use crate::ids::{AccountId, DeviceId};
 
+    fn known(addr: DeviceAddr) -> KnownDevice {
+        KnownDevice { addr, first_message_id: ClientMessageId(7) }
+    }
+
     struct One(DeviceAddr, [u8; 32]);
 
     #[async_trait]
     impl CredentialHashes for One {
-        async fn credential_hash(&self, device: DeviceAddr) -> Result<Option<[u8; 32]>, StoreError> {
-            Ok((device == self.0).then_some(self.1))
+        async fn credential_hash(&self, device: DeviceAddr) -> Result<Option<(KnownDevice, [u8; 32])>, StoreError> {
+            Ok((device == self.0).then_some((known(device), self.1)))
         }
     }
 
@@ -85,7 +99,7 @@ mod tests {
         let secret = |seed| DeviceSecret::random(&SeededRandom::new(seed));
         let auth = Authenticator::new(Arc::new(One(device(1), secret(1).hash())));
         let text = |n, seed| Credential { device: device(n), secret: secret(seed) }.to_text();
-        assert_eq!(auth.authenticate(&text(1, 1)).await, Ok(device(1)));
+        assert_eq!(auth.authenticate(&text(1, 1)).await, Ok(known(device(1))));
         assert_eq!(auth.authenticate(&text(1, 2)).await, Err(AuthError::Refused));
         assert_eq!(auth.authenticate(&text(2, 1)).await, Err(AuthError::Refused));
         assert_eq!(auth.authenticate("nonsense").await, Err(AuthError::Refused));

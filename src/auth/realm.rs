@@ -157,7 +157,7 @@ impl Realms {
         for realm in configured {
             let source = match (&realm.jwks_file, &realm.jwks_url) {
                 (Some(path), _) => Source::File(path.clone()),
-                (None, Some(url)) => Source::url(url.clone())?,
+                (None, Some(url)) => Source::url(url.clone(), realm.jwks_ca.as_deref())?,
                 (None, None) => return Err(JwksError::Malformed("the realm names no keys".to_owned())),
             };
             let remote = matches!(source, Source::Url(..));

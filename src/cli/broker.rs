@@ -21,6 +21,11 @@ impl BrokerArgs {
         self.load_from(std::env::vars(), change)
     }
 
+    /// The configuration as file and variables have it, for commands that need only a part of it; not validated.
+    pub fn read(&self) -> anyhow::Result<Config> {
+        Ok(Config::load(self.config.as_deref(), std::env::vars())?)
+    }
+
     fn load_from(self, vars: impl IntoIterator<Item = (String, String)>, change: impl FnOnce(&mut Config)) -> anyhow::Result<Config> {
         let mut config = Config::load(self.config.as_deref(), vars)?;
         if let Some(data) = self.data {

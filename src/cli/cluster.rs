@@ -21,13 +21,13 @@ impl ClusterArgs {
         if let Some(brokers) = self.kafka {
             match &mut config.kafka {
                 Some(kafka) => kafka.brokers = brokers,
-                None => config.kafka = Some(Kafka::at(brokers)),
+                None => config.kafka = Some(Kafka::on(brokers)),
             }
         }
         if let Some(hosts) = self.cql {
             match &mut config.cql {
                 Some(cql) => cql.hosts = hosts,
-                None => config.cql = Some(Cql::at(hosts)),
+                None => config.cql = Some(Cql::on(hosts)),
             }
         }
     }

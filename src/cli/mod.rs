@@ -12,6 +12,7 @@ pub mod child;
 pub mod cluster;
 pub mod demo;
 pub mod load;
+pub mod migrate;
 pub mod probe;
 pub mod rebuild;
 pub mod serve;
@@ -35,6 +36,7 @@ enum Command {
     Chat(Box<chat::ChatArgs>),
     Demo(demo::Args),
     Load(Box<load::Args>),
+    Migrate(migrate::Args),
     Probe(probe::Args),
     Rebuild(rebuild::Args),
     Serve(serve::Args),
@@ -69,6 +71,7 @@ pub fn main() -> ExitCode {
             Command::Chat(args) => chat::run(*args).await,
             Command::Demo(args) => demo::run(args).await,
             Command::Load(args) => load::run(*args).await,
+            Command::Migrate(args) => migrate::run(args).await,
             Command::Probe(args) => probe::run(args).await,
             Command::Rebuild(args) => rebuild::run(args).await,
             Command::Serve(args) => serve::run(args).await,

@@ -1,22 +1,26 @@
 //! `sealpost token`: signs a development token.
 
-use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 
+use super::broker::BrokerArgs;
 use crate::auth::dev::DevRealm;
 use crate::clock::{Clock as _, SystemClock};
 use crate::ids::Identity;
 
-/// Prints a realm token for a broker that runs in development mode on this machine.
+/// Prints a realm token for a broker that runs in development mode on this machine. Refused where `serve` with the same
+/// configuration would not run in development mode.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Whose token: a user of `socialink`, `vignette` or `local`, for example alice@socialink.
     identity: String,
-    /// The broker's data folder; its development key signs.
-    #[arg(long, env = "SEALPOST_DATA", default_value = "sealpost-data")]
-    data: PathBuf,
+    /// Which broker; its development key signs.
+    #[command(flatten)]
+    broker: BrokerArgs,
+    /// The broker runs with --dev.
+    #[arg(long)]
+    dev: bool,
     /// How long the token is valid: a number and s, m, h or d.
     #[arg(long, default_value = "1h", value_parser = parse_ttl)]
     ttl: Duration,
@@ -40,13 +44,26 @@ fn parse_ttl(text: &str) -> Result<Duration, String> {
 /// Runs the command.
 pub async fn run(args: Args) -> anyhow::Result<()> {
     let identity: Identity = args.identity.parse().with_context(|| format!("{} is not an identity", args.identity))?;
-    let dev = DevRealm::load(&args.data)?;
+    let config = args.broker.load(|config| {
+        if args.dev {
+            config.dev = Some(true);
+        }
+    })?;
+    if !config.dev_mode() {
+        bail!(
+            "development mode is off in this configuration: tokens come from the realms' identity providers. A broker that was started \
+             with `sealpost serve --dev` takes `sealpost token --dev`"
+        );
+    }
+    let dev = DevRealm::load(&config.data)?;
     println!("{}", dev.sign(&identity, SystemClock.now(), args.ttl.as_millis() as u64)?);
     Ok(())
 }
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser as _;
+
     use super::*;
     use crate::clock::SystemRandom;
 
@@ -59,13 +76,32 @@ mod tests {
         }
     }
 
+    #[derive(Debug, clap::Parser)]
+    struct Cli {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    async fn token(more: &[&str]) -> anyhow::Result<()> {
+        run(Cli::parse_from([&["token", "alice@socialink"], more].concat()).args).await
+    }
+
     #[tokio::test]
-    async fn without_a_development_key_it_is_refused() {
+    async fn without_development_mode_it_is_refused() {
         let dir = tempfile::tempdir().expect("a folder");
-        let args = || Args { identity: "alice@socialink".to_owned(), data: dir.path().into(), ttl: Duration::from_secs(1) };
-        let error = run(args()).await.expect_err("refused").to_string();
-        assert!(error.contains("development mode"), "{error}");
+        let data = dir.path().to_str().expect("text");
+        let off = |outcome: anyhow::Result<()>| outcome.expect_err("refused").to_string().contains("development mode");
+        assert!(off(token(&["--data", data]).await), "the broker never ran");
         DevRealm::open(dir.path(), &SystemRandom).expect("made");
-        run(args()).await.expect("signs");
+        token(&["--data", data]).await.expect("signs");
+        // The key is there, but the next `serve` with this configuration would take no such token.
+        let file = dir.path().join("sealpost.toml");
+        let realms = "[[realms]]\nname = \"r\"\nissuer = \"i\"\naudience = \"a\"\njwks_file = \"keys.json\"\n";
+        for text in [realms, "dev = false\n"] {
+            std::fs::write(&file, text).expect("writes");
+            let with = ["--data", data, "--config", file.to_str().expect("text")];
+            assert!(off(token(&with).await), "{text}");
+            token(&[&with[..], &["--dev"]].concat()).await.expect("as `serve --dev`");
+        }
     }
 }

@@ -35,8 +35,10 @@ mod transport;
 mod types;
 
 #[cfg(feature = "client")]
-pub use sdk::{Client, Environment, Error, Events, IntoRecipient, dev_token};
+pub use sdk::{Client, Environment, Error, Events, IntoRecipient, dev_token, dev_token_with};
 #[cfg(feature = "client")]
 pub use store::Error as StoreError;
+#[cfg(feature = "client")]
+pub use transport::{InvalidCa, PrivateCa};
 #[cfg(feature = "client")]
 pub use types::{Connection, Conversation, Event, Failure, Live, Message, Recipient, SafetyNumber, Status, SyncStatus, Trust};

@@ -9,7 +9,7 @@ use super::core::api::{Api, ApiError, OwnDevice, RegisterDevice};
 use super::core::content::{self, Invalid, Kind, MessageId, proto};
 use super::engine::{Inner, Running, WorkError};
 use super::store::{self, Store};
-use super::transport::{HttpTransport, InvalidServer};
+use super::transport::{HttpTransport, InvalidServer, PrivateCa};
 use super::types::{Connection, Conversation, Event, Live, Message, Recipient, SafetyNumber, SyncStatus};
 use crate::clock::{Clock, Random, SystemClock, SystemRandom};
 use crate::ids::{AccountId, DeviceAddr, DeviceId, Identity, InvalidId};
@@ -58,18 +58,20 @@ impl From<WorkError> for Error {
     }
 }
 
-/// Clock and randomness of a client.
+/// What a client takes from around it.
 #[derive(Clone)]
 pub struct Environment {
     /// Where time comes from.
     pub clock: Arc<dyn Clock>,
     /// Where random bytes come from; a CSPRNG.
     pub random: Arc<dyn Random>,
+    /// Who vouches for the server, by HTTPS and on the stream; `None`: the public authorities. Not kept in the database.
+    pub ca: Option<PrivateCa>,
 }
 
 impl Default for Environment {
     fn default() -> Self {
-        Self { clock: Arc::new(SystemClock), random: Arc::new(SystemRandom) }
+        Self { clock: Arc::new(SystemClock), random: Arc::new(SystemRandom), ca: None }
     }
 }
 
@@ -99,7 +101,12 @@ impl IntoRecipient for &Recipient {
 
 /// A realm token for an identity from a server in development mode.
 pub async fn dev_token(server: &str, identity: &Identity) -> Result<String, Error> {
-    Ok(Api::new(HttpTransport::new(server)?, None).dev_token(identity).await?)
+    dev_token_with(server, identity, &Environment::default()).await
+}
+
+/// As [`dev_token`], in an environment.
+pub async fn dev_token_with(server: &str, identity: &Identity, environment: &Environment) -> Result<String, Error> {
+    Ok(Api::new(HttpTransport::new(server, environment.ca.clone())?, None).dev_token(identity).await?)
 }
 
 /// One device of an account. Reading works at once; sending and receiving once it is [started](Client::start).
@@ -125,7 +132,7 @@ impl Client {
         database: impl AsRef<Path>,
         environment: Environment,
     ) -> Result<Self, Error> {
-        let http = HttpTransport::new(server)?;
+        let http = HttpTransport::new(server, environment.ca.clone())?;
         let store = open_store(database.as_ref().to_owned(), &environment).await?;
         let at = server.to_owned();
         let keys = store.run(move |db| db.begin_registration(&at)).await?;
@@ -157,7 +164,7 @@ impl Client {
     pub async fn open_with(database: impl AsRef<Path>, environment: Environment) -> Result<Self, Error> {
         let store = open_store(database.as_ref().to_owned(), &environment).await?;
         let credential = store.run(|db| db.credential()?.ok_or(store::Error::NoAccount)).await?;
-        let http = HttpTransport::new(&credential.server)?;
+        let http = HttpTransport::new(&credential.server, environment.ca.clone())?;
         Ok(Self::over(Inner::new(store, http, credential, environment.clock, environment.random)))
     }
 

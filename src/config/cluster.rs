@@ -57,8 +57,8 @@ const fn session_timeout_ms() -> u64 {
 }
 
 impl Kafka {
-    /// At these brokers, with the defaults.
-    pub const fn at(brokers: String) -> Self {
+    /// On these brokers, with the defaults.
+    pub const fn on(brokers: String) -> Self {
         Self { brokers, prefix: String::new(), tls: None, sasl: None, session_timeout_ms: session_timeout_ms() }
     }
 
@@ -144,8 +144,8 @@ pub struct Cql {
 }
 
 impl Cql {
-    /// At these hosts, with the defaults.
-    pub fn at(hosts: String) -> Self {
+    /// On these hosts, with the defaults.
+    pub fn on(hosts: String) -> Self {
         Self { hosts, keyspace: keyspace(), state_keyspace: None, username: None, password: None, tls: None }
     }
 }
@@ -155,11 +155,11 @@ fn keyspace() -> String {
 }
 
 /// TLS to the store. Its certificates are always checked.
-#[derive(Debug, Clone, Default, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct CqlTls {
-    /// The authorities to trust (PEM). Default: the public ones.
-    pub ca: Option<PathBuf>,
+    /// The authorities to trust (PEM).
+    pub ca: PathBuf,
 }
 
 impl Config {

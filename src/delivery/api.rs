@@ -6,6 +6,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 
+use crate::auth::KnownDevice;
 use crate::clock::UnixMillis;
 use crate::ids::{AccountId, ClientMessageId, DeviceAddr, DeviceId, RegistrationId, Seq};
 use crate::wire::event::ReceiptEntry;
@@ -16,7 +17,7 @@ use crate::wire::stream::{Code, GapReason};
 pub struct SendRequest {
     /// Who it is for; may be the sender's own account (then for its other devices).
     pub recipient: AccountId,
-    /// The sender's counter for this recipient, from 1.
+    /// The sender's counter for this recipient, from its `first_message_id`.
     pub client_message_id: ClientMessageId,
     /// Wake the recipient.
     pub urgent: bool,
@@ -144,7 +145,7 @@ impl SendError {
 pub trait Sending: Send + Sync + 'static {
     /// Accepts all envelopes of the request, or none. `Ok`: they are durable on the log. The same (sender, recipient,
     /// client message id) again is answered the same and delivered once. Dropping the future takes nothing back.
-    async fn send(&self, sender: DeviceAddr, request: SendRequest) -> Result<(), SendError>;
+    async fn send(&self, sender: KnownDevice, request: SendRequest) -> Result<(), SendError>;
 }
 
 /// Why an inbox was not read or not acknowledged.

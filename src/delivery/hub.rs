@@ -11,6 +11,7 @@ use futures_util::future::BoxFuture;
 use parking_lot::Mutex;
 use tokio::sync::{Notify, watch};
 
+use crate::auth::KnownDevice;
 use crate::clock::Random;
 use crate::delivery::outbox::{FeedItem, Handle, TICK};
 use crate::delivery::sending::Acceptor;
@@ -24,8 +25,6 @@ use crate::store::DeliveryStore;
 use crate::wire::event::{self, InboxEvent};
 use crate::wire::stream::CloseReason;
 
-/// How long acknowledgements are gathered before they are appended. Losing one only sends an envelope again.
-const ACK_DELAY: Duration = Duration::from_millis(5);
 const SHARDS: usize = 16;
 
 /// What the edge needs of the rest of the broker.
@@ -41,6 +40,8 @@ pub struct Hub {
     /// Takes what devices send.
     pub acceptor: Arc<Acceptor>,
     random: Arc<dyn Random>,
+    /// How long acknowledgements are gathered before they are appended. Losing one only sends an envelope again.
+    ack_delay: Duration,
     sessions: [Mutex<HashMap<DeviceAddr, Arc<Handle>>>; SHARDS],
     polls: Mutex<HashMap<DeviceAddr, Arc<Notify>>>,
     dirty_acks: Mutex<Vec<Arc<Handle>>>,
@@ -72,6 +73,7 @@ impl Hub {
         directory: Arc<Directory>,
         acceptor: Arc<Acceptor>,
         random: Arc<dyn Random>,
+        ack_delay: Duration,
     ) -> Self {
         Self {
             edge,
@@ -80,6 +82,7 @@ impl Hub {
             directory,
             acceptor,
             random,
+            ack_delay,
             sessions: std::array::from_fn(|_| Mutex::default()),
             polls: Mutex::default(),
             dirty_acks: Mutex::default(),
@@ -105,8 +108,9 @@ impl Hub {
     }
 
     /// Registers a stream; the device's older one on this edge is told that it is over.
-    pub fn open(&self, device: DeviceAddr) -> Arc<Handle> {
-        let handle = Arc::new(Handle::new(device, self.attach_id(), self.tick()));
+    pub fn open(&self, known: KnownDevice) -> Arc<Handle> {
+        let device = known.addr;
+        let handle = Arc::new(Handle::new(known, self.attach_id(), self.tick()));
         if let Some(older) = self.shard(&device).lock().insert(device, Arc::clone(&handle)) {
             older.close(CloseReason::Replaced);
         }
@@ -185,7 +189,7 @@ impl Hub {
                 _ = stop.wait_for(|stop| *stop) => return,
                 () = self.acks_due.notified() => {}
             }
-            tokio::time::sleep(ACK_DELAY).await;
+            tokio::time::sleep(self.ack_delay).await;
             let due = std::mem::take(&mut *self.dirty_acks.lock());
             for handle in due {
                 self.append_ack(&handle);

@@ -8,9 +8,10 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
+use crate::auth::KnownDevice;
 use crate::delivery::api::SendError;
 use crate::delivery::sending::append_failed;
-use crate::ids::{AttachId, DeviceAddr, Offset, Seq};
+use crate::ids::{AttachId, ClientMessageId, DeviceAddr, Offset, Seq};
 use crate::limits;
 use crate::log::{AppendError, AppendSink};
 use crate::metrics;
@@ -25,6 +26,8 @@ pub const TICK: Duration = Duration::from_millis(limits::HEARTBEAT_TICK_MS);
 pub struct Handle {
     /// Whose stream it is.
     pub device: DeviceAddr,
+    /// Where its client message ids begin.
+    first_message_id: ClientMessageId,
     /// Which attachment it is now.
     attach: AtomicU64,
     out: Mutex<Outbox>,
@@ -151,9 +154,10 @@ impl Flow {
 
 impl Handle {
     /// A stream that has nothing to say yet.
-    pub fn new(device: DeviceAddr, attach: AttachId, tick: u32) -> Self {
+    pub fn new(device: KnownDevice, attach: AttachId, tick: u32) -> Self {
         Self {
-            device,
+            device: device.addr,
+            first_message_id: device.first_message_id,
             attach: AtomicU64::new(attach.0),
             out: Mutex::default(),
             wake: Notify::new(),
@@ -163,6 +167,11 @@ impl Handle {
             moved: AtomicU32::new(tick),
             closed: AtomicU32::new(0),
         }
+    }
+
+    /// Whose stream it is, as a sender.
+    pub const fn known(&self) -> KnownDevice {
+        KnownDevice { addr: self.device, first_message_id: self.first_message_id }
     }
 
     /// Which attachment it is now.

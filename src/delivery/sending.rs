@@ -10,6 +10,7 @@ use bytes::Bytes;
 use parking_lot::RwLock;
 use quick_cache::sync::Cache;
 
+use crate::auth::KnownDevice;
 use crate::clock::{Clock, Random};
 use crate::delivery::api::{OutgoingEnvelope, SendError, SendRequest, Sending};
 use crate::directory::{AccountView, Directory};
@@ -47,6 +48,7 @@ pub struct Acceptor {
     highest: Cache<MarkKey, Arc<AtomicU64>>,
     full: RwLock<HashSet<DeviceAddr>>,
     any_full: AtomicBool,
+    behind: AtomicBool,
 }
 
 impl std::fmt::Debug for Acceptor {
@@ -75,6 +77,7 @@ impl Acceptor {
             highest: Cache::new(limits::CACHED_MARKS),
             full: RwLock::default(),
             any_full: AtomicBool::new(false),
+            behind: AtomicBool::new(false),
         }
     }
 
@@ -87,6 +90,11 @@ impl Acceptor {
             all.remove(&device);
         }
         self.any_full.store(!all.is_empty(), Ordering::Relaxed);
+    }
+
+    /// Delivery is too far behind acceptance for more to be taken, or no more.
+    pub fn set_behind(&self, behind: bool) {
+        self.behind.store(behind, Ordering::Relaxed);
     }
 
     /// Forgets devices whose rate has recovered; called now and then.
@@ -122,13 +130,21 @@ impl Acceptor {
     }
 
     /// Every check, then the sealed event.
-    pub fn check(&self, sender: DeviceAddr, request: &SendRequest, view: &AccountView, highest: &AtomicU64) -> Result<Checked, SendError> {
+    pub fn check(&self, known: KnownDevice, request: &SendRequest, view: &AccountView, highest: &AtomicU64) -> Result<Checked, SendError> {
+        let sender = known.addr;
+        if self.behind.load(Ordering::Relaxed) {
+            return Err(SendError::Unavailable { retry_after_ms: RETRY_AFTER_MS });
+        }
         self.rate.check(&sender).map_err(|retry_after_ms| {
             metrics::observe_rate_limited(metrics::RateScope::Messages);
             SendError::RateLimited { retry_after_ms }
         })?;
         let sealer = allowed(sender, request, view)?;
         sizes(request)?;
+        if request.client_message_id < known.first_message_id {
+            // An earlier device of this number may have used it: what is taken for a repeat is answered OK and dropped.
+            return Err(SendError::BadRequest("client_message_id is lower than the first_message_id of the device's registration"));
+        }
         devices(sender, request, view)?;
         if self.any_full.load(Ordering::Relaxed) && !request.ephemeral {
             let full = self.full.read();
@@ -175,11 +191,11 @@ impl Acceptor {
 
 #[async_trait]
 impl Sending for Acceptor {
-    async fn send(&self, sender: DeviceAddr, request: SendRequest) -> Result<(), SendError> {
+    async fn send(&self, sender: KnownDevice, request: SendRequest) -> Result<(), SendError> {
         let accepted = async {
-            let (view, highest) = match self.cached(sender, &request) {
+            let (view, highest) = match self.cached(sender.addr, &request) {
                 Some(cached) => cached,
-                None => self.load(sender, &request).await?,
+                None => self.load(sender.addr, &request).await?,
             };
             let checked = self.check(sender, &request, &view, &highest)?;
             self.log.append(checked.to, checked.payload).await.map(|_| ()).map_err(|error| append_failed(&error))

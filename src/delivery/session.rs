@@ -11,13 +11,14 @@ use std::time::Duration;
 use bytes::Bytes;
 use prost::Message as _;
 
+use crate::auth::KnownDevice;
 use crate::clock::Clock;
 use crate::delivery::frames::Batch;
 use crate::delivery::hub::Hub;
 use crate::delivery::outbox::{FeedItem, First, Flow, Handle, NeverSent};
 use crate::delivery::sending;
 use crate::directory::AccountView;
-use crate::ids::{DeviceAddr, Seq};
+use crate::ids::Seq;
 use crate::limits;
 use crate::log::AppendSink;
 use crate::metrics;
@@ -40,7 +41,7 @@ impl Drop for Session {
 
 impl Session {
     /// Opens a stream for an authenticated device.
-    pub fn open(hub: Arc<Hub>, device: DeviceAddr) -> Self {
+    pub fn open(hub: Arc<Hub>, device: KnownDevice) -> Self {
         let handle = hub.open(device);
         Self { hub, handle }
     }
@@ -123,7 +124,7 @@ impl Reader<'_> {
             Some(cached) => cached,
             None => hub.acceptor.load(handle.device, &request).await?,
         };
-        let checked = hub.acceptor.check(handle.device, &request, &view, &highest)?;
+        let checked = hub.acceptor.check(handle.known(), &request, &view, &highest)?;
         hub.acceptor.submit(checked, &self.sink, request_id)
     }
 }

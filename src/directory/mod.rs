@@ -14,7 +14,7 @@ use quick_cache::sync::Cache;
 use tokio::sync::oneshot;
 
 use crate::clock::{Clock, Random, UnixMillis};
-use crate::ids::{AccountId, DeviceId, EdgeId, Identity, Partition, RegistrationId};
+use crate::ids::{AccountId, ClientMessageId, DeviceId, EdgeId, Identity, Partition, RegistrationId};
 use crate::limits;
 use crate::log::{AppendError, EventLog, Topic, TopicPartition};
 use crate::projector::push::Verdict;
@@ -33,6 +33,8 @@ pub struct DeviceView {
     pub identity_key: Box<[u8]>,
     /// SHA-256 of its credential's secret.
     pub credential_hash: [u8; 32],
+    /// Where its client message ids begin.
+    pub first_message_id: ClientMessageId,
 }
 
 /// An account as a send sees it. Small, since an edge keeps one for each connected account.
@@ -58,6 +60,7 @@ impl AccountView {
             registration_id: device.registration_id,
             identity_key: device.identity_key.into(),
             credential_hash: device.credential_hash,
+            first_message_id: device.first_message_id,
         };
         Self {
             id: record.id,

@@ -8,7 +8,7 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse as _, Response};
 use zeroize::Zeroizing;
 
-use crate::auth::AuthError;
+use crate::auth::{AuthError, KnownDevice};
 use crate::edge::EdgeState;
 use crate::edge::error::ApiError;
 use crate::edge::limits::Client;
@@ -20,6 +20,18 @@ use crate::metrics::{self, Proof};
 pub struct AuthDevice(pub DeviceAddr);
 
 impl<S: Send + Sync> FromRequestParts<S> for AuthDevice {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+        AuthSender::from_request_parts(parts, state).await.map(|AuthSender(device)| Self(device.addr))
+    }
+}
+
+/// The same with what sending needs of it.
+#[derive(Debug, Clone, Copy)]
+pub struct AuthSender(pub KnownDevice);
+
+impl<S: Send + Sync> FromRequestParts<S> for AuthSender {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, ApiError> {
@@ -39,7 +51,7 @@ fn bearer(request: &Request) -> Option<&str> {
     scheme.eq_ignore_ascii_case("bearer").then_some(credential)
 }
 
-async fn device_of(state: &EdgeState, credential: Option<Zeroizing<String>>) -> Result<DeviceAddr, AuthError> {
+async fn device_of(state: &EdgeState, credential: Option<Zeroizing<String>>) -> Result<KnownDevice, AuthError> {
     state.auth.authenticate(&credential.ok_or(AuthError::Refused)?).await
 }
 
@@ -52,10 +64,10 @@ pub async fn require_device(State(state): State<EdgeState>, mut request: Request
         Err(AuthError::Store(error)) => return ApiError::from(error).into_response(),
         Err(AuthError::Refused) => return refuse(&state, &request).into_response(),
     };
-    if let Err(limited) = state.rate_limits().request_of(device) {
+    if let Err(limited) = state.rate_limits().request_of(device.addr) {
         return limited.into_response();
     }
-    request.extensions_mut().insert(AuthDevice(device));
+    request.extensions_mut().insert(AuthSender(device));
     next.run(request).await
 }
 

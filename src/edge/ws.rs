@@ -7,17 +7,18 @@ use axum::extract::ws::{CloseFrame, Message, WebSocket, WebSocketUpgrade};
 use axum::response::{IntoResponse as _, Response};
 use futures_util::{SinkExt as _, StreamExt as _};
 
+use crate::auth::KnownDevice;
 use crate::clock::Clock;
 use crate::delivery::hub::Hub;
 use crate::delivery::session::{Output, Session};
 use crate::edge::EdgeState;
-use crate::edge::auth::AuthDevice;
+use crate::edge::auth::AuthSender;
 use crate::edge::error::ApiError;
 use crate::limits;
 use crate::wire::stream::{CloseReason, Code};
 
 /// Upgrades an authenticated request to the device's stream.
-pub async fn upgrade(State(state): State<EdgeState>, AuthDevice(device): AuthDevice, upgrade: WebSocketUpgrade) -> Response {
+pub async fn upgrade(State(state): State<EdgeState>, AuthSender(device): AuthSender, upgrade: WebSocketUpgrade) -> Response {
     let hub = Arc::clone(&state.hub);
     let clock = Arc::clone(&state.clock);
     if hub.is_draining() {
@@ -45,7 +46,7 @@ const fn close_code(reason: CloseReason) -> u16 {
     }
 }
 
-async fn carry(socket: WebSocket, hub: Arc<Hub>, device: crate::ids::DeviceAddr, clock: Arc<dyn Clock>) {
+async fn carry(socket: WebSocket, hub: Arc<Hub>, device: KnownDevice, clock: Arc<dyn Clock>) {
     let session = Session::open(hub, device);
     let handle = session.handle();
     let (mut sink, mut stream) = socket.split();

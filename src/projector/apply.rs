@@ -172,7 +172,7 @@ impl Projection {
             InboxEvent::Acked { device, cursor } => self.settle(device, at, cursor.min(at), ReceiptKind::Delivered),
             InboxEvent::Expired { device, to } => self.settle(device, at, to.min(at), ReceiptKind::Expired),
             InboxEvent::DeviceAttached { device, edge, attach } => {
-                let Some(inbox) = self.touch(device, at) else { return None };
+                let inbox = self.touch(device, at)?;
                 let before = inbox.state.attached.replace((edge, attach));
                 if let Some((old_edge, old)) = before.filter(|old| *old != (edge, attach)) {
                     self.pushes.push((old_edge, Push::Replaced { device, attach: old }));
@@ -180,7 +180,7 @@ impl Projection {
                 Some(Step::Attach { device, edge, attach, at })
             }
             InboxEvent::DeviceDetached { device, edge, attach } => {
-                let Some(inbox) = self.touch(device, at) else { return None };
+                let inbox = self.touch(device, at)?;
                 if inbox.state.attached == Some((edge, attach)) {
                     inbox.state.attached = None;
                     if !inbox.fresh.is_empty() {

@@ -16,7 +16,7 @@ use std::collections::BTreeMap;
 
 use futures_util::future::try_join_all;
 
-use crate::ids::{AccountId, DeviceAddr, DeviceId, Identity, Offset, Partition};
+use crate::ids::{AccountId, ClientMessageId, DeviceAddr, DeviceId, Identity, Offset, Partition};
 use crate::limits;
 use crate::projector::push::Verdict;
 use crate::store::{DeviceKeys, DirectoryStore, DirectoryWrite, KeyStore, StoreError};
@@ -107,6 +107,7 @@ fn apply_to_nobody(command: &DirectoryCommand) -> Applied {
                 identities: vec![identity.clone()],
                 devices: vec![],
                 last_device: 0,
+                registrations: 0,
                 blocked: vec![],
                 applied: Offset(0),
             };
@@ -139,15 +140,24 @@ fn register(command: &DirectoryCommand, mut account: AccountRecord, identity: &I
         identity_key: device.identity_key.clone(),
         credential_hash: device.credential_hash,
         created: command.at,
+        first_message_id: first_message_id(command, &account),
     };
     let at = account.devices.partition_point(|other| other.id < id);
     account.devices.insert(at, record);
     account.last_device = id.get();
+    account.registrations += 1;
     let keys = DeviceKeys { signed_prekey: device.signed_prekey.clone(), pq_last_resort: device.pq_last_resort.clone() };
     let mut applied = Applied::done(account);
     applied.verdict = Verdict::Done(Some(addr(id)));
     applied.keys.push((addr(id), Some(keys)));
     applied
+}
+
+/// Marks outlive devices. Where an earlier device may have had the number, its successor begins with the time: whoever sends
+/// less than a message a millisecond to anybody has used no id beyond it.
+fn first_message_id(command: &DirectoryCommand, account: &AccountRecord) -> ClientMessageId {
+    let again = account.registrations >= u64::from(DeviceId::MAX);
+    ClientMessageId(if again { command.at.0.max(1) } else { 1 })
 }
 
 /// The number behind the one given last, round and round, so that a number is used again as late as can be.
@@ -256,6 +266,7 @@ fn delete(command: &DirectoryCommand, account: &AccountRecord) -> Applied {
         identities: vec![],
         devices: vec![],
         last_device: 0,
+        registrations: 0,
         blocked: vec![],
         applied: account.applied,
     };

@@ -340,7 +340,7 @@ proptest! {
     ) {
         let (mut log, mut run) = (Vec::new(), Run { shared: true, ..Run::new() });
         run_ops(&mut run, &mut log, &before);
-        let mut zombie = std::mem::replace(&mut run.projection, Projection::default());
+        let mut zombie = std::mem::take(&mut run.projection);
         let mut stopped_at = run.next;
         run.restart(&log);
         run_ops(&mut run, &mut log, &meanwhile);

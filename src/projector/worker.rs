@@ -99,6 +99,8 @@ pub struct Progress {
     pub caught_up: bool,
     /// Records applied so far.
     pub applied: u64,
+    /// The next offsets of the owned partitions of `inbox`, together: how far it is, as the log's ends are where it should be.
+    pub met: u64,
 }
 
 struct Owned {
@@ -250,7 +252,11 @@ impl Worker {
             self.flush_now(consumer).await?;
         }
         self.projection.replaying = !caught_up;
-        self.progress.send_if_modified(|progress| std::mem::replace(&mut progress.caught_up, caught_up) != caught_up);
+        let met = self.owned.iter().filter(|(tp, _)| tp.topic == Topic::Inbox).map(|(_, owned)| owned.next.0).sum();
+        self.progress.send_if_modified(|progress| {
+            let before = std::mem::replace(progress, Progress { caught_up, met, ..*progress });
+            before != *progress
+        });
         Ok(())
     }
 
@@ -268,6 +274,11 @@ impl Worker {
         for record in batch {
             let event: InboxEvent<'_> = event::decode(&record.payload).map_err(|source| undecodable(tp, record, source))?;
             self.projection.needs(&event, &mut needs);
+            if matches!(event, InboxEvent::Expired { .. }) {
+                // Streams say the gap from now on; pages, which read the store, should not show for much longer what expired.
+                let soon = Instant::now() + self.pace.soon;
+                self.window_ends = Some(self.window_ends.map_or(soon, |at| at.min(soon)));
+            }
             events.push((record, event));
         }
         if !needs.is_empty() {

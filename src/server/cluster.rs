@@ -2,9 +2,11 @@
 
 use std::sync::Arc;
 
-use crate::config::{Config, Kafka, SaslMechanism};
+use crate::config::{Config, Cql, Kafka, SaslMechanism};
+use crate::log::Follow;
 use crate::log::kafka as log;
 use crate::server::{Backends, ServerError};
+use crate::store::cql as store;
 
 /// How to reach Kafka, as configured.
 pub fn kafka_options(kafka: &Kafka) -> log::KafkaOptions {
@@ -25,8 +27,24 @@ pub fn kafka_options(kafka: &Kafka) -> log::KafkaOptions {
     options
 }
 
+/// How to reach the CQL store, as configured.
+pub fn cql_options(cql: &Cql) -> store::CqlOptions {
+    let mut options = store::CqlOptions::new(cql.hosts.clone(), cql.keyspace.clone());
+    if let Some(keyspace) = &cql.state_keyspace {
+        options.state_keyspace.clone_from(keyspace);
+    }
+    options.user = cql.username.clone().zip(cql.password.as_ref().map(|password| password.expose().clone().into()));
+    options.tls = cql.tls.as_ref().map(|tls| store::CqlTls { ca_file: tls.ca.clone() });
+    options
+}
+
 /// Opens both; what is missing or wrong is an error that says what to do.
-pub(super) async fn open(config: &Arc<Config>) -> Result<Backends, ServerError> {
-    let _ = config;
-    Err(ServerError("todo".to_owned()))
+pub(super) async fn open(config: &Config) -> Result<Backends, ServerError> {
+    let (Some(kafka), Some(cql)) = (&config.kafka, &config.cql) else {
+        return Err(ServerError("the cluster profile needs both [kafka] and [cql]".to_owned()));
+    };
+    let log = log::KafkaLog::open(kafka_options(kafka)).await.map_err(|error| ServerError(error.to_string()))?;
+    let store = store::CqlStore::open(cql_options(cql)).await.map_err(|error| ServerError(error.to_string()))?;
+    let pushes = Some(Arc::clone(&log) as Arc<dyn Follow>);
+    Ok(Backends { log, delivery: store.clone(), directory: store.clone(), keys: store, pushes })
 }

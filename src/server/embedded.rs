@@ -15,11 +15,14 @@ pub(super) struct Opened {
     pub store: Arc<EmbeddedStore>,
 }
 
-/// Opens it, or makes it. Blocks.
-pub(super) fn open(config: &Config, discard_view: bool) -> Result<Opened, ServerError> {
+/// Opens the folder, or makes it; the log in it unless another one is given. Blocks.
+pub(super) fn open(config: &Config, discard_view: bool, log: Option<Arc<dyn EventLog>>) -> Result<Opened, ServerError> {
     std::fs::create_dir_all(&config.data)
         .map_err(|error| ServerError(format!("the folder {} can't be made: {error}", config.data.display())))?;
-    let log = EmbeddedLog::open(log_options(config))?;
+    let log = match log {
+        Some(log) => log,
+        None => EmbeddedLog::open(log_options(config))?,
+    };
     let store = EmbeddedStore::open(&config.data.join("store"), StoreOptions { discard_view, ..StoreOptions::default() })?;
     Ok(Opened { log, store })
 }

@@ -1,9 +1,16 @@
-//! The projector's thread.
+//! The projector's thread, and how far it is behind.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
 
+use crate::delivery::sending::Acceptor;
+use crate::ids::Partition;
+use crate::limits;
+use crate::log::{EventLog, Topic, TopicPartition};
+use crate::metrics;
+use crate::projector::lag::Lag;
 use crate::projector::worker::{Pace, Parts as WorkerParts, Progress, Worker, WorkerError};
 use crate::server::ServerError;
 use crate::store::StoreError;
@@ -11,6 +18,7 @@ use crate::store::StoreError;
 /// The projector has its own thread: it is the one place where all messages pass, and it must not wait behind sockets.
 pub(super) fn spawn(
     parts: WorkerParts,
+    pace: Pace,
     stop: watch::Receiver<bool>,
     failing: watch::Sender<Option<ServerError>>,
 ) -> Result<(std::thread::JoinHandle<()>, watch::Receiver<Progress>), ServerError> {
@@ -18,7 +26,7 @@ pub(super) fn spawn(
     let runtime = tokio::runtime::Handle::current();
     let work = async move {
         while !*stop.borrow() {
-            let (worker, mut inner) = Worker::new(parts.clone(), Pace::default());
+            let (worker, mut inner) = Worker::new(parts.clone(), pace);
             let forward = async {
                 while inner.changed().await.is_ok() {
                     outer.send_replace(*inner.borrow_and_update());
@@ -65,6 +73,34 @@ pub(super) async fn wait_until_caught_up(
                 }
             }
             _ = every.tick() => tracing::info!("still applying what is on the log"),
+        }
+    }
+}
+
+/// Accepting goes on without the projector, which may be slower: what it can't deliver soon is better refused.
+pub(super) async fn watch_lag(log: Arc<dyn EventLog>, progress: watch::Receiver<Progress>, acceptor: Arc<Acceptor>) {
+    let mut lag = Lag::default();
+    let mut every = tokio::time::interval(Duration::from_millis(limits::LAG_LOOK_MS));
+    every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut was_behind = false;
+    loop {
+        every.tick().await;
+        let mut end = 0;
+        for number in 0..log.partitions(Topic::Inbox) {
+            let tp = TopicPartition { topic: Topic::Inbox, partition: Partition(number) };
+            end += log.bounds(tp).await.map_or(0, |(_, end)| end.0);
+        }
+        let met = progress.borrow().met;
+        metrics::observe_lag(end.saturating_sub(met));
+        let behind = lag.look(tokio::time::Instant::now(), end, met);
+        acceptor.set_behind(behind);
+        if std::mem::replace(&mut was_behind, behind) != behind {
+            let records = end.saturating_sub(met);
+            if behind {
+                tracing::warn!(records, "delivery is too far behind: sends are refused until it has caught up");
+            } else {
+                tracing::info!(records, "delivery has caught up");
+            }
         }
     }
 }

@@ -52,7 +52,7 @@ pub async fn rebuild(config: &Config, on_progress: impl Fn(u64)) -> Result<Rebui
     let quiet = applied_positions(config).await;
     let opening = config.clone();
     let Opened { log, store } =
-        tokio::task::spawn_blocking(move || open(&opening, true)).await.map_err(|error| ServerError(error.to_string()))??;
+        tokio::task::spawn_blocking(move || open(&opening, true, None)).await.map_err(|error| ServerError(error.to_string()))??;
     let quiet = match quiet {
         Some(quiet) => quiet,
         // The old view can't be read: then everything counts as applied before. At worst receipts of its last window are missing.

@@ -18,6 +18,8 @@ use crate::wire::event::{AccountRecord, ReceiptEntry, SignedKey};
 
 #[cfg(any(test, feature = "test-util"))]
 pub mod conformance;
+#[cfg(feature = "cluster")]
+pub mod cql;
 pub mod embedded;
 pub mod keyspace;
 pub mod seal;
@@ -231,8 +233,6 @@ pub trait DirectoryStore: Send + Sync + 'static {
     async fn identity(&self, identity: &Identity) -> Result<Option<AccountId>, StoreError>;
     /// A device's long-lived prekeys.
     async fn device_keys(&self, device: DeviceAddr) -> Result<Option<DeviceKeys>, StoreError>;
-    /// All accounts behind `after` in id order, at most `accounts_max`; for snapshots.
-    async fn accounts(&self, after: Option<AccountId>, accounts_max: usize) -> Result<Vec<AccountRecord>, StoreError>;
 }
 
 /// A one-time prekey: a number, a public key, and for Kyber keys the identity key's signature (empty for EC).

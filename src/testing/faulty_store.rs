@@ -42,8 +42,6 @@ pub enum Call {
     Identity,
     /// [`DirectoryStore::device_keys`].
     DeviceKeys,
-    /// [`DirectoryStore::accounts`].
-    Accounts,
     /// [`KeyStore::add_one_time`].
     AddOneTime,
     /// [`KeyStore::take_one_time`].
@@ -214,9 +212,6 @@ impl DirectoryStore for FaultyStore {
     }
     async fn device_keys(&self, device: DeviceAddr) -> Result<Option<DeviceKeys>, StoreError> {
         self.run(Call::DeviceKeys, self.inner.directory.device_keys(device)).await
-    }
-    async fn accounts(&self, after: Option<AccountId>, accounts_max: usize) -> Result<Vec<AccountRecord>, StoreError> {
-        self.run(Call::Accounts, self.inner.directory.accounts(after, accounts_max)).await
     }
 }
 

@@ -23,6 +23,8 @@ use crate::ids::{AccountId, DeviceAddr, DeviceId};
 use crate::server;
 use crate::wire::stream::{self, ClientBatch, ClientFrame, ServerBatch, client_frame, server_frame::Frame};
 
+#[cfg(feature = "cluster")]
+pub mod cluster;
 pub mod faulty_store;
 pub mod process;
 
@@ -50,6 +52,10 @@ impl Broker {
         // Segments are zero-filled ahead of their use: small ones keep tests quick.
         config.log.segment_bytes = 4 << 20;
         config.timeouts.drain_ms = 2_000;
+        #[cfg(feature = "cluster")]
+        if let Some(cluster) = cluster::TestCluster::of_folder(dir.path()).await? {
+            cluster.join(&mut config, crate::config::Role::All);
+        }
         change(&mut config);
         let running = server::Broker::start(config.clone()).await?;
         let url = running.url();
@@ -116,6 +122,8 @@ pub struct RawDevice {
     pub credential: String,
     /// Its registration id.
     pub registration_id: u32,
+    /// Where its client message ids begin.
+    pub first_message_id: u64,
 }
 
 /// An HTTP answer: status and JSON (null if there is none).
@@ -155,7 +163,13 @@ impl RawDevice {
         let device = DeviceId::new(answer["device_id"].as_u64().context("device_id")? as u32)?;
         let credential = answer["credential"].as_str().context("credential")?.to_owned();
         let registration_id = body["registration_id"].as_u64().context("registration_id")? as u32;
-        Ok(Self { base: base.to_owned(), http, addr: DeviceAddr { account, device }, credential, registration_id })
+        let first_message_id = answer["first_message_id"].as_u64().context("first_message_id")?;
+        Ok(Self { base: base.to_owned(), http, addr: DeviceAddr { account, device }, credential, registration_id, first_message_id })
+    }
+
+    /// The same device, for a server that listens elsewhere.
+    pub fn at(&self, base: &str) -> Self {
+        Self { base: base.to_owned(), ..self.clone() }
     }
 
     /// One authenticated request.

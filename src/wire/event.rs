@@ -328,6 +328,8 @@ pub struct AccountRecord {
     pub devices: Vec<DeviceRecord>,
     /// The device id given last, so that ids are reused as late as can be.
     pub last_device: u8,
+    /// Devices that were ever registered: past the highest number, numbers are given again.
+    pub registrations: u64,
     /// Accounts whose messages it refuses, sorted.
     pub blocked: Vec<AccountId>,
     /// Commands before this position are in it: what is replayed of them has had its effect already.
@@ -349,6 +351,8 @@ pub struct DeviceRecord {
     pub credential_hash: [u8; 32],
     /// When it was registered.
     pub created: UnixMillis,
+    /// Where its client message ids begin: beyond those of an earlier device of its number, or 1 if it is the number's first.
+    pub first_message_id: ClientMessageId,
 }
 
 /// Cuts the slice of `whole` that `part` borrows from it, without a copy.

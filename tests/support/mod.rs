@@ -8,8 +8,9 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use libsignal_protocol::{IdentityKeyPair, KeyPair, kem};
 use reqwest::{Method, StatusCode};
-use sealpost::config::Config;
+use sealpost::config::{Config, Role};
 use sealpost::server::Broker;
+use sealpost::testing::cluster::TestCluster;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -46,7 +47,11 @@ impl TestBroker {
     }
 
     pub async fn in_folder(dir: Arc<TempDir>, more: &str) -> Self {
-        let broker = Broker::start(config(dir.path(), more)).await.expect("the broker starts");
+        let mut config = config(dir.path(), more);
+        if let Some(cluster) = TestCluster::of_folder(dir.path()).await.expect("the cluster makes topics and keyspaces") {
+            cluster.join(&mut config, Role::All);
+        }
+        let broker = Broker::start(config).await.expect("the broker starts");
         let _ = rustls::crypto::ring::default_provider().install_default();
         let http = reqwest::Client::builder().no_proxy().build().expect("a client");
         Self { dir, broker, http }

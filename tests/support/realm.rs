@@ -1,4 +1,5 @@
 //! A platform: keys of every kind, tokens signed with them, and its key set on an HTTP address.
+#![allow(dead_code, reason = "each test file uses a part of it")]
 
 use std::net::SocketAddr;
 use std::sync::Arc;

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, bail};
 
 use super::ChatArgs;
-use crate::client::{Client, StoreError, dev_token};
+use crate::client::{Client, Environment, PrivateCa, StoreError, dev_token_with};
 use crate::wire::stream::Code;
 
 /// Opens this device's account, or registers it.
@@ -18,9 +18,11 @@ pub(super) async fn open(args: &ChatArgs) -> anyhow::Result<Client> {
         std::fs::rename(&path, &kept).with_context(|| format!("can't set {} aside", path.display()))?;
         eprintln!("sealpost: the history so far is kept in {}", kept.display());
     }
-    match Client::open(&path).await {
+    let ca = args.ca.as_deref().map(PrivateCa::from_file).transpose()?;
+    let environment = Environment { ca, ..Environment::default() };
+    match Client::open_with(&path, environment.clone()).await {
         Ok(client) => Ok(client),
-        Err(crate::client::Error::Store(StoreError::NoAccount)) => register(args, &path).await,
+        Err(crate::client::Error::Store(StoreError::NoAccount)) => register(args, &path, environment).await,
         Err(crate::client::Error::Store(StoreError::InUse)) => {
             bail!("this device is open in another terminal; --device NAME makes a second device")
         }
@@ -28,10 +30,10 @@ pub(super) async fn open(args: &ChatArgs) -> anyhow::Result<Client> {
     }
 }
 
-async fn register(args: &ChatArgs, path: &Path) -> anyhow::Result<Client> {
+async fn register(args: &ChatArgs, path: &Path, environment: Environment) -> anyhow::Result<Client> {
     let token = match &args.token {
         Some(token) => token.0.clone(),
-        None => match dev_token(&args.server, &args.identity).await {
+        None => match dev_token_with(&args.server, &args.identity, &environment).await {
             Ok(token) => token,
             Err(error) if matches!(error.code(), Some(Code::NotFound | Code::Forbidden)) => bail!(
                 "{} does not run in development mode, so it wants proof of who you are: a token of {}'s identity provider, in --token or \
@@ -43,7 +45,7 @@ async fn register(args: &ChatArgs, path: &Path) -> anyhow::Result<Client> {
         },
     };
     let name = args.device.clone().unwrap_or_else(|| "terminal".into());
-    let client = Client::register(&args.server, vec![token], &name, path).await.context("can't register this device")?;
+    let client = Client::register_with(&args.server, vec![token], &name, path, environment).await.context("can't register this device")?;
     // Writing under the identity that was asked for, should the account have others.
     client.write_as(&args.identity).await?;
     Ok(client)

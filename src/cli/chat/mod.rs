@@ -39,6 +39,9 @@ pub struct ChatArgs {
     /// The broker.
     #[arg(long, env = "SEALPOST_SERVER", default_value = "http://127.0.0.1:8470")]
     pub server: String,
+    /// Certificates (PEM) of the authority that vouches for the broker, if it is not a public one.
+    #[arg(long, env = "SEALPOST_CA", value_name = "FILE")]
+    pub ca: Option<PathBuf>,
     /// The name of this device; another name is another device of the same account.
     #[arg(long, value_name = "NAME")]
     pub device: Option<String>,

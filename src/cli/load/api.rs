@@ -12,6 +12,7 @@ use tokio::time::Instant;
 
 use super::keys::{Keyset, REGISTRATION_ID};
 use super::wire::Target;
+use crate::client::PrivateCa;
 
 /// How long a call is repeated while the server is away or tells us to wait.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -49,11 +50,21 @@ pub struct Answer {
 }
 
 impl Api {
-    /// For a server's base URL.
-    pub fn new(server: &url::Url) -> anyhow::Result<Self> {
+    /// For a server's base URL; over TLS with the authority that vouches for it.
+    pub fn new(server: &url::Url, ca: Option<&PrivateCa>) -> anyhow::Result<Self> {
+        if !matches!((server.scheme(), ca), ("http", _) | ("https", Some(_))) {
+            bail!(
+                "the load tool speaks plain http, or https with --ca FILE: the certificates of the authority that vouches for the broker"
+            );
+        }
         // Fails if one is installed already, which is as good.
         let _ = rustls::crypto::ring::default_provider().install_default();
-        let http = reqwest::Client::builder().no_proxy().tcp_nodelay(true).timeout(Duration::from_secs(90)).build()?;
+        let builder = reqwest::Client::builder().no_proxy().tcp_nodelay(true).timeout(Duration::from_secs(90));
+        let builder = match ca {
+            Some(ca) => builder.tls_backend_preconfigured(rustls::ClientConfig::clone(&ca.config())),
+            None => builder,
+        };
+        let http = builder.build()?;
         let mut run = [0u8; 5];
         crate::clock::Random::fill(&crate::clock::SystemRandom, &mut run);
         let run = run.iter().map(|byte| format!("{byte:02x}")).collect();

@@ -19,6 +19,7 @@ const SETTLE: Duration = Duration::from_secs(2);
 pub(super) async fn run(args: BacklogArgs, progress: Progress) -> anyhow::Result<Report> {
     ensure!(args.pending > 0, "at least one message must wait");
     let mut plan = Plan::new(args.common.server.clone());
+    plan.ca = args.common.ca()?;
     (plan.senders, plan.recipients, plan.peers) = (SENDERS, 1, 1);
     // Nobody receives while it fills.
     plan.until_delivered = false;

@@ -283,6 +283,7 @@ mod tests {
         let devices = vec![Device::new(Session::new(0, false, Some(Sending::new(u64::MAX)))), Device::new(Session::new(0, true, None))];
         World::new(Setup {
             server: &"http://127.0.0.1:1".parse().unwrap(),
+            ca: None,
             senders: &[registered(1)],
             recipients: &[registered(2)],
             devices,

@@ -13,15 +13,18 @@ use anyhow::bail;
 use base64::Engine as _;
 use hdrhistogram::Histogram;
 use rand::Rng as _;
+use rustls::pki_types::ServerName;
 use tokio::io::{AsyncRead as _, AsyncReadExt as _, AsyncWrite as _, AsyncWriteExt as _, ReadBuf};
-use tokio::net::{TcpSocket, TcpStream};
+use tokio::net::TcpSocket;
 use tokio::sync::Notify;
 
 use super::api::Registered;
 use super::audit::{Audit, Routes};
 use super::crypto::Parties;
 use super::device::{Device, Ended};
+use super::socket::{Socket, Tls};
 use super::wire::{STAMP_BYTES, Stamp, Target};
+use crate::client::PrivateCa;
 
 /// How often acknowledgements that are small, and repeats that are due, go out.
 pub const TICK: Duration = Duration::from_millis(5);
@@ -60,7 +63,7 @@ impl Counters {
 /// One connection's place.
 pub struct Seat {
     device: RefCell<Device>,
-    socket: RefCell<Option<TcpStream>>,
+    socket: RefCell<Option<Socket>>,
     waker: RefCell<Option<Waker>>,
     credential: String,
     source: Option<IpAddr>,
@@ -98,6 +101,7 @@ pub struct World {
     pub last_us: Cell<u64>,
     server: SocketAddr,
     host: String,
+    tls: Option<Tls>,
     targets: Vec<Target>,
     crypto: Option<RefCell<Parties>>,
     /// Messages a microsecond, of all senders together; none in a closed loop.
@@ -117,6 +121,8 @@ pub struct World {
 pub struct Setup<'a> {
     /// The server.
     pub server: &'a url::Url,
+    /// Who vouches for it, if it speaks TLS.
+    pub ca: Option<&'a PrivateCa>,
     /// Who sends, and how many messages each sends at most.
     pub senders: &'a [Registered],
     /// Who receives.
@@ -141,22 +147,25 @@ pub struct Setup<'a> {
     pub crypto: Option<Parties>,
 }
 
-/// Address and `Host` header of a server.
-async fn resolve(server: &url::Url) -> anyhow::Result<(SocketAddr, String)> {
-    if server.scheme() != "http" {
-        bail!("the load tool speaks plain http; measure behind what ends TLS, or give an http:// URL");
-    }
+/// Address, `Host` header and TLS of a server.
+async fn resolve(server: &url::Url, ca: Option<&PrivateCa>) -> anyhow::Result<(SocketAddr, String, Option<Tls>)> {
     let host = server.host_str().unwrap_or("127.0.0.1").to_owned();
+    let name = host.trim_matches(['[', ']']);
+    let tls = match (server.scheme(), ca) {
+        ("http", _) => None,
+        ("https", Some(ca)) => Some(Tls { connector: ca.config().into(), name: ServerName::try_from(name.to_owned())? }),
+        (other, _) => bail!("no TLS is known for {other}://"),
+    };
     let port = server.port_or_known_default().unwrap_or(80);
-    let address = tokio::net::lookup_host((host.trim_matches(['[', ']']), port)).await?.next();
+    let address = tokio::net::lookup_host((name, port)).await?.next();
     let Some(address) = address else { bail!("{host} has no address") };
-    Ok((address, format!("{host}:{port}")))
+    Ok((address, format!("{host}:{port}"), tls))
 }
 
 impl World {
     /// Nothing is connected yet.
     pub async fn new(setup: Setup<'_>) -> anyhow::Result<Rc<Self>> {
-        let (server, host) = resolve(setup.server).await?;
+        let (server, host, tls) = resolve(setup.server, setup.ca).await?;
         let mut template = vec![0; setup.payload.saturating_sub(STAMP_BYTES)];
         rand::rng().fill(&mut template[..]);
         let everyone = setup.senders.iter().chain(setup.recipients);
@@ -184,6 +193,7 @@ impl World {
             last_us: Cell::new(0),
             server,
             host,
+            tls,
             targets: setup.recipients.iter().map(|r| r.target).collect(),
             crypto: setup.crypto.map(RefCell::new),
             rate: setup.rate.map(|per_second| per_second / 1e6),
@@ -405,7 +415,7 @@ impl World {
     }
 
     /// Fills and writes; false if the connection is broken.
-    fn write(&self, socket: &mut TcpStream, device: &mut Device, cx: &mut Context<'_>) -> bool {
+    fn write(&self, socket: &mut Socket, device: &mut Device, cx: &mut Context<'_>) -> bool {
         device.fill(self, false);
         while !device.outbox.pending().is_empty() {
             match Pin::new(&mut *socket).poll_write(cx, device.outbox.pending()) {
@@ -414,7 +424,8 @@ impl World {
                 Poll::Pending => break,
             }
         }
-        true
+        // Of TLS something may wait in its own buffer.
+        !matches!(Pin::new(socket).poll_flush(cx), Poll::Ready(Err(_)))
     }
 
     /// Keeps one device connected for as long as the task lives.
@@ -451,7 +462,7 @@ impl World {
         }
     }
 
-    async fn run(&self, at: usize, socket: TcpStream, early: &[u8]) {
+    async fn run(&self, at: usize, socket: Socket, early: &[u8]) {
         let seat = &self.seats[at];
         *seat.socket.borrow_mut() = Some(socket);
         let fine = self.device(at, |device| {
@@ -468,19 +479,21 @@ impl World {
     }
 
     /// Opens the WebSocket; what came behind the answer's head is returned too.
-    async fn connect(&self, seat: &Seat) -> Result<(TcpStream, Vec<u8>), Refusal> {
+    async fn connect(&self, seat: &Seat) -> Result<(Socket, Vec<u8>), Refusal> {
         let socket = if self.server.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
         if let Some(source) = seat.source {
             socket.bind(SocketAddr::new(source, 0))?;
         }
-        let mut stream = socket.connect(self.server).await?;
+        let stream = socket.connect(self.server).await?;
         stream.set_nodelay(true)?;
+        let mut stream = Socket::over(stream, self.tls.as_ref()).await?;
         let key = base64::engine::general_purpose::STANDARD.encode(rand::rng().random::<[u8; 16]>());
         let request = format!(
             "GET /v1/stream HTTP/1.1\r\nHost: {}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\nAuthorization: Bearer {}\r\n\r\n",
             self.host, seat.credential
         );
         stream.write_all(request.as_bytes()).await?;
+        stream.flush().await?;
         let mut head = Vec::with_capacity(1_024);
         let end = loop {
             if let Some(end) = head.windows(4).position(|four| four == b"\r\n\r\n") {

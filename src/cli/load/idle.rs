@@ -19,7 +19,8 @@ use super::traffic::{Tasks, attached, memory, tick};
 pub(super) async fn run(args: IdleArgs, progress: Progress) -> anyhow::Result<Report> {
     super::raise_file_limit(args.devices);
     let settle = super::length(args.settle)?;
-    let api = Api::new(&args.common.server)?;
+    let ca = args.common.ca()?;
+    let api = Api::new(&args.common.server, ca.as_ref())?;
     api.ready().await?;
     let mut meter = Meter::new(&api, args.common.server_pid);
     meter.sample().await;
@@ -30,6 +31,7 @@ pub(super) async fn run(args: IdleArgs, progress: Progress) -> anyhow::Result<Re
         .await?;
     let world = World::new(Setup {
         server: &args.common.server,
+        ca: ca.as_ref(),
         senders: &[],
         recipients: &devices,
         devices: (0..devices.len()).map(|at| Device::new(Session::new(at as u64, true, None))).collect(),

@@ -17,19 +17,23 @@ mod meter;
 pub mod progress;
 pub mod report;
 mod sending;
+mod socket;
 pub mod traffic;
 mod wire;
 mod ws;
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::bail;
 use clap::{Args as ClapArgs, Subcommand};
 use url::Url;
 
+use crate::client::PrivateCa;
 pub use audit::Audit;
 pub use progress::Progress;
 pub use report::Report;
+
 pub use traffic::{Plan, on_own_thread};
 
 /// Where a broker without configuration listens.
@@ -60,6 +64,9 @@ struct Common {
     /// The broker's URL; it must be in development mode, since the tool registers its own devices
     #[arg(long, env = "SEALPOST_SERVER", default_value = DEFAULT_SERVER)]
     server: Url,
+    /// Certificates (PEM) of the authority that vouches for an https:// broker
+    #[arg(long, env = "SEALPOST_CA", value_name = "FILE")]
+    ca: Option<PathBuf>,
     /// Process id of a broker on this machine, to measure without its /metrics
     #[arg(long)]
     server_pid: Option<u32>,
@@ -154,6 +161,12 @@ struct BundlesArgs {
     devices: usize,
 }
 
+impl Common {
+    fn ca(&self) -> anyhow::Result<Option<PrivateCa>> {
+        Ok(self.ca.as_deref().map(PrivateCa::from_file).transpose()?)
+    }
+}
+
 fn length(seconds: f64) -> anyhow::Result<Duration> {
     match Duration::try_from_secs_f64(seconds) {
         Ok(length) if seconds <= 1e7 => Ok(length),
@@ -165,6 +178,7 @@ impl TrafficArgs {
     fn plan(&self) -> anyhow::Result<Plan> {
         Ok(Plan {
             server: self.common.server.clone(),
+            ca: self.common.ca()?,
             senders: self.senders,
             recipients: self.recipients,
             peers: self.peers.unwrap_or(if self.crypto { 1 } else { self.recipients }),

@@ -22,12 +22,15 @@ use super::progress::Progress;
 use super::report::{Report, grouped};
 use super::sending::Sending;
 use super::wire::STAMP_BYTES;
+use crate::client::PrivateCa;
 
 /// A run to make.
 #[derive(Clone)]
 pub struct Plan {
     /// The server.
     pub server: url::Url,
+    /// Who vouches for it, if it speaks TLS.
+    pub ca: Option<PrivateCa>,
     /// Sending devices.
     pub senders: usize,
     /// Receiving devices.
@@ -63,6 +66,7 @@ impl Plan {
     pub fn new(server: url::Url) -> Self {
         Self {
             server,
+            ca: None,
             senders: 64,
             recipients: 64,
             peers: 64,
@@ -116,7 +120,7 @@ pub(super) struct Stage {
 pub(super) async fn stage(plan: &Plan, eager_acks: bool, progress: &Progress) -> anyhow::Result<Stage> {
     plan.check()?;
     super::raise_file_limit(plan.senders * if plan.http { plan.window } else { 1 } + plan.recipients);
-    let api = Api::new(&plan.server)?;
+    let api = Api::new(&plan.server, plan.ca.as_ref())?;
     api.ready().await?;
     let mut meter = Meter::new(&api, plan.server_pid);
     meter.sample().await;
@@ -141,6 +145,7 @@ pub(super) async fn stage(plan: &Plan, eager_acks: bool, progress: &Progress) ->
     let receiving = (0..plan.recipients).map(|at| Device::new(Session::new(at as u64, true, None)));
     let world = World::new(Setup {
         server: &plan.server,
+        ca: plan.ca.as_ref(),
         senders: &senders,
         recipients: &recipients,
         devices: sending.chain(receiving).collect(),

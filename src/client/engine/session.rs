@@ -70,13 +70,9 @@ pub(super) async fn run(inner: &Arc<Inner>, stop: &mut watch::Receiver<bool>) ->
         Ok((cursor, ())) => cursor,
         Err(error) => return lost(error.to_string()),
     };
-    let url = match inner.http.stream_url() {
-        Ok(url) => url,
-        Err(error) => return lost(error.to_string()),
-    };
     let connected = tokio::select! {
         () = stopped(stop) => return End::Shutdown,
-        connected = transport::connect(&url, &inner.credential.secret) => connected,
+        connected = inner.http.connect(&inner.credential.secret) => connected,
     };
     let (sink, stream) = match connected {
         Ok(halves) => halves,

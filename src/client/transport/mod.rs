@@ -1,5 +1,6 @@
 //! The way to the server: HTTP by reqwest, the stream by tokio-tungstenite. TLS by rustls with ring.
 
+mod ca;
 mod stream;
 
 use std::sync::Arc;
@@ -10,7 +11,8 @@ use url::Url;
 
 use super::core::api::{Http, HttpRequest, HttpResponse, Method, Unreachable};
 
-pub(super) use stream::{ConnectError, Incoming, Outgoing, connect, decode, message};
+pub use ca::{InvalidCa, PrivateCa};
+pub(super) use stream::{ConnectError, Incoming, Outgoing, decode, message};
 
 /// One request and its answer.
 const REQUEST: Duration = Duration::from_secs(30);
@@ -29,11 +31,12 @@ pub struct InvalidServer(pub String);
 pub(super) struct HttpTransport {
     client: reqwest::Client,
     base: Arc<Url>,
+    ca: Option<PrivateCa>,
 }
 
 impl HttpTransport {
-    /// To the server at `http://…` or `https://…`.
-    pub(super) fn new(server: &str) -> Result<Self, InvalidServer> {
+    /// To the server at `http://…` or `https://…`; with `ca` only to one that it vouches for.
+    pub(super) fn new(server: &str, ca: Option<PrivateCa>) -> Result<Self, InvalidServer> {
         // Another part of the program may have chosen a provider already; then that one is used.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let mut base = Url::parse(server).map_err(|error| InvalidServer(error.to_string()))?;
@@ -43,7 +46,12 @@ impl HttpTransport {
         if !base.path().ends_with('/') {
             base.set_path(&format!("{}/", base.path()));
         }
-        let client = reqwest::Client::builder()
+        let builder = reqwest::Client::builder();
+        let builder = match &ca {
+            Some(ca) => builder.tls_backend_preconfigured(rustls::ClientConfig::clone(&ca.config())),
+            None => builder,
+        };
+        let client = builder
             .timeout(REQUEST)
             .connect_timeout(CONNECT)
             // As the stream, which knows no proxies: half a connection would be worse than none.
@@ -52,11 +60,17 @@ impl HttpTransport {
             .redirect(reqwest::redirect::Policy::none())
             .build()
             .map_err(|error| InvalidServer(error.to_string()))?;
-        Ok(Self { client, base: Arc::new(base) })
+        Ok(Self { client, base: Arc::new(base), ca })
+    }
+
+    /// Opens the stream.
+    pub(super) async fn connect(&self, credential: &str) -> Result<(Outgoing, Incoming), ConnectError> {
+        let url = self.stream_url().map_err(|error| ConnectError::Transient(error.to_string()))?;
+        stream::connect(&url, credential, self.ca.as_ref()).await
     }
 
     /// The stream's address.
-    pub(super) fn stream_url(&self) -> Result<Url, InvalidServer> {
+    fn stream_url(&self) -> Result<Url, InvalidServer> {
         let mut url = self.join("/v1/stream").map_err(|error| InvalidServer(error.0))?;
         let scheme = if url.scheme() == "https" { "wss" } else { "ws" };
         url.set_scheme(scheme).map_err(|()| InvalidServer("its scheme can't be changed".into()))?;
@@ -117,9 +131,9 @@ mod tests {
     #[test]
     fn addresses_are_checked_and_kept() {
         for bad in ["", "example.org", "ftp://example.org", "http://"] {
-            assert!(HttpTransport::new(bad).is_err(), "{bad:?}");
+            assert!(HttpTransport::new(bad, None).is_err(), "{bad:?}");
         }
-        let url = |server: &str| HttpTransport::new(server).and_then(|http| http.stream_url()).map(String::from).unwrap_or_default();
+        let url = |server: &str| HttpTransport::new(server, None).and_then(|http| http.stream_url()).map(String::from).unwrap_or_default();
         assert_eq!(url("http://127.0.0.1:8470"), "ws://127.0.0.1:8470/v1/stream");
         assert_eq!(url("https://example.org/chat"), "wss://example.org/chat/v1/stream");
     }

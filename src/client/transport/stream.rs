@@ -9,10 +9,10 @@ use tokio_tungstenite::tungstenite::client::IntoClientRequest as _;
 use tokio_tungstenite::tungstenite::http::{HeaderValue, header::AUTHORIZATION};
 use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
 use tokio_tungstenite::tungstenite::{self, Message};
-use tokio_tungstenite::{MaybeTlsStream, WebSocketStream};
+use tokio_tungstenite::{Connector, MaybeTlsStream, WebSocketStream};
 use url::Url;
 
-use super::CONNECT;
+use super::{CONNECT, PrivateCa};
 use crate::limits;
 use crate::wire::stream::{ClientBatch, ClientFrame, ServerBatch};
 
@@ -31,14 +31,15 @@ pub(in crate::client) enum ConnectError {
 }
 
 /// Opens the stream.
-pub(in crate::client) async fn connect(url: &Url, credential: &str) -> Result<(Outgoing, Incoming), ConnectError> {
+pub(in crate::client) async fn connect(url: &Url, credential: &str, ca: Option<&PrivateCa>) -> Result<(Outgoing, Incoming), ConnectError> {
     let transient = |error: &dyn std::fmt::Display| ConnectError::Transient(error.to_string());
     let mut request = url.as_str().into_client_request().map_err(|error| transient(&error))?;
     let mut bearer = HeaderValue::try_from(format!("Bearer {credential}")).map_err(|_| ConnectError::SignedOut)?;
     bearer.set_sensitive(true);
     request.headers_mut().insert(AUTHORIZATION, bearer);
     let config = WebSocketConfig::default().max_message_size(Some(limits::FRAME_BYTES)).max_frame_size(Some(limits::FRAME_BYTES));
-    let connecting = tokio_tungstenite::connect_async_with_config(request, Some(config), true);
+    let connector = ca.map(|ca| Connector::Rustls(ca.config()));
+    let connecting = tokio_tungstenite::connect_async_tls_with_config(request, Some(config), true, connector);
     match tokio::time::timeout(CONNECT, connecting).await {
         Ok(Ok((socket, _))) => Ok(socket.split()),
         Ok(Err(tungstenite::Error::Http(response))) if response.status().as_u16() == 401 => Err(ConnectError::SignedOut),

@@ -60,9 +60,9 @@ pub struct Registered {
     /// `Authorization: Bearer <credential>` from now on. Shown only this once: keep it as a secret.
     #[schema(example = "sp1_…")]
     pub credential: String,
-    /// Where this device's client message ids begin, for each recipient. An earlier device may have had its number, and ids that
-    /// one used are taken for repeats.
-    #[schema(example = 1_795_509_657_239_u64, minimum = 1)]
+    /// Where this device's client message ids begin, for each recipient: 1, or the time in milliseconds if an earlier device of the
+    /// account may have had its number, since ids that one used would be taken for repeats. Lower ids are refused.
+    #[schema(example = 1, minimum = 1)]
     pub first_message_id: u64,
     /// All identities that are linked to the account now.
     pub identities: Vec<String>,
@@ -155,13 +155,12 @@ pub async fn register(
         }
     };
     let credential = Credential { device: addr, secret };
-    // A device sends less than a message a millisecond to anybody, so its predecessor's ids are behind this.
-    let created = record.devices.iter().find(|device| device.id == addr.device).map_or(0, |device| device.created.0);
+    let first_message_id = record.devices.iter().find(|device| device.id == addr.device).map(|device| device.first_message_id);
     let answer = Registered {
         account_id: addr.account.to_string(),
         device_id: addr.device.get(),
         credential: credential.to_text().to_string(),
-        first_message_id: created.max(1),
+        first_message_id: first_message_id.ok_or_else(ApiError::unauthenticated)?.0,
         identities: record.identities.iter().map(Identity::to_string).collect(),
     };
     Ok((StatusCode::CREATED, Json(answer)))

@@ -8,7 +8,7 @@ use utoipa::ToSchema;
 use super::model::B64;
 use crate::delivery::sending;
 use crate::edge::EdgeState;
-use crate::edge::auth::AuthDevice;
+use crate::edge::auth::AuthSender;
 use crate::edge::error::{ApiError, ErrorBody};
 use crate::edge::extract::{Body, In};
 use crate::ids::AccountId;
@@ -17,8 +17,9 @@ use crate::wire::stream;
 /// Everything that one message needs for one recipient account.
 #[derive(Debug, Deserialize, ToSchema)]
 pub struct SendMessage {
-    /// Growing for each pair (sending device, recipient account), from the registration's `first_message_id`. A repeat of an id is
-    /// answered as accepted and delivered once. An id more than 127 behind the highest one is refused (`stale_message_id`).
+    /// Growing for each pair (sending device, recipient account), from the registration's `first_message_id`; a lower one is refused
+    /// (`bad_request`). A repeat of an id is answered as accepted and delivered once. An id more than 127 behind the highest one is
+    /// refused (`stale_message_id`).
     #[schema(minimum = 1)]
     pub client_message_id: u64,
     /// Wake the recipient up (push notification) rather than wait until it comes.
@@ -77,7 +78,7 @@ pub struct Accepted {
 )]
 pub async fn send(
     State(state): State<EdgeState>,
-    AuthDevice(device): AuthDevice,
+    AuthSender(device): AuthSender,
     In(Path(recipient)): In<Path<AccountId>>,
     Body(body): Body<SendMessage>,
 ) -> Result<Json<Accepted>, ApiError> {

@@ -22,7 +22,7 @@ pub async fn alive() -> Response {
 
 /// Whether the broker can do its work
 ///
-/// Its log takes appends and its projector has caught up; else 503 with the reason.
+/// Its log takes appends, its projector has caught up, and it is not draining; else 503 with the reason.
 #[utoipa::path(
     get, path = "/readyz", tag = "operations",
     responses((status = 200, description = "`ready`", content_type = "text/plain"), (status = 503, description = "`unavailable`", body = ErrorBody))

@@ -6,7 +6,7 @@ use axum::extract::ws::rejection::WebSocketUpgradeRejection;
 use axum::http::StatusCode;
 use axum::response::Response;
 
-use crate::edge::auth::AuthDevice;
+use crate::edge::auth::AuthSender;
 use crate::edge::error::{ApiError, ErrorBody};
 use crate::edge::{EdgeState, ws};
 
@@ -27,7 +27,7 @@ use crate::edge::{EdgeState, ws};
 )]
 pub async fn open(
     State(state): State<EdgeState>,
-    device: AuthDevice,
+    device: AuthSender,
     upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
 ) -> Result<Response, ApiError> {
     match upgrade {

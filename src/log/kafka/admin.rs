@@ -15,7 +15,7 @@ use crate::log::kafka::options::KafkaOptions;
 use crate::log::{ReadError, Topic, TopicPartition};
 
 /// A topic as it shall be made.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NewKafkaTopic {
     /// Which.
     pub topic: Topic,

@@ -160,7 +160,7 @@ impl KafkaOptions {
             tls: None,
             sasl: None,
             session_timeout: Duration::from_secs(6),
-            linger: Duration::ZERO,
+            linger: Duration::from_millis(2),
             clock: Arc::new(SystemClock),
         }
     }
@@ -242,9 +242,10 @@ impl KafkaOptions {
             // Positions that are gone are found by comparing, see `consumer`; a new group starts at the start.
             .set("auto.offset.reset", "earliest")
             .set("check.crcs", "true")
-            // An idle fetch is answered after this long. A short one lets a partition that was just assigned join the next fetch.
-            .set("fetch.wait.max.ms", "5")
-            .set("fetch.min.bytes", "1")
+            // A fetch is answered after this long, or once so much is there: without that each append would be a fetch of its own, and at a
+            // few thousand small appends a second the broker would do little else. Also how soon a partition that was just assigned joins.
+            .set("fetch.wait.max.ms", "4")
+            .set("fetch.min.bytes", "65536")
             .set("fetch.error.backoff.ms", "50")
             .set("fetch.queue.backoff.ms", "5")
             .set("fetch.message.max.bytes", limits::KAFKA_BATCH_BYTES.to_string())

@@ -46,17 +46,6 @@ impl DirectoryStore for EmbeddedStore {
         })
         .await
     }
-
-    async fn accounts(&self, after: Option<AccountId>, accounts_max: usize) -> Result<Vec<AccountRecord>, StoreError> {
-        use std::ops::Bound::{Excluded, Unbounded};
-        let view = self.view();
-        blocking(move || {
-            let from = after.as_ref().map_or(Unbounded, |id| Excluded(id.as_bytes().as_slice()));
-            let rows = view.db.snapshot().range::<&[u8], _>(&view.accounts, (from, Unbounded));
-            rows.take(accounts_max).map(|row| keyspace::decode(&row.value().map_err(unavailable)?, "an account")).collect()
-        })
-        .await
-    }
 }
 
 impl View {

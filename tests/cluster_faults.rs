@@ -1,0 +1,124 @@
+//! Processes of a cluster are killed and stopped under load, and the load tool's audit must find nothing lost and nothing twice.
+
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use sealpost::testing::cluster::TestCluster;
+use serde_json::Value;
+
+struct Process(Child);
+
+impl Process {
+    fn kill(&mut self) {
+        // Gone already is as good.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+
+    fn signal(&self, signal: &str) -> Result<()> {
+        let sent = Command::new("kill").args([signal, &self.0.id().to_string()]).status()?;
+        ensure!(sent.success(), "kill {signal}");
+        Ok(())
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+struct Cluster {
+    servers: TestCluster,
+    data: tempfile::TempDir,
+    edge_port: u16,
+}
+
+impl Cluster {
+    async fn new(test: &str) -> Result<Option<Self>> {
+        let Some(servers) = TestCluster::new(test).await? else { return Ok(None) };
+        let edge_port = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+        Ok(Some(Self { servers, data: tempfile::tempdir()?, edge_port }))
+    }
+
+    fn url(&self) -> String {
+        format!("http://127.0.0.1:{}", self.edge_port)
+    }
+
+    fn serve(&self, role: &str, port: u16) -> Result<Process> {
+        let child = Command::new(env!("CARGO_BIN_EXE_sealpost"))
+            .args(["serve", "--dev", "--role", role, "--listen", &format!("127.0.0.1:{port}"), "--data"])
+            .arg(self.data.path())
+            .args(["--kafka", &self.servers.kafka.brokers, "--cql", &self.servers.cql.hosts])
+            .env("SEALPOST_KAFKA__PREFIX", &self.servers.kafka.prefix)
+            .env("SEALPOST_KAFKA__BROKERS", &self.servers.kafka.brokers)
+            .env("SEALPOST_CQL__KEYSPACE", &self.servers.cql.keyspace)
+            .env("SEALPOST_CQL__HOSTS", &self.servers.cql.hosts)
+            .stdout(Stdio::null())
+            .spawn()?;
+        Ok(Process(child))
+    }
+
+    async fn edge(&self) -> Result<Process> {
+        let edge = self.serve("edge", self.edge_port)?;
+        let until = Instant::now() + Duration::from_secs(60);
+        while !reqwest::get(format!("{}/readyz", self.url())).await.is_ok_and(|answer| answer.status().is_success()) {
+            ensure!(Instant::now() < until, "the edge does not become ready");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        Ok(edge)
+    }
+
+    /// Load for so long, in a process of its own.
+    fn load(&self, seconds: u32) -> Result<Child> {
+        let seconds = seconds.to_string();
+        let args =
+            ["load", "--server", &self.url(), "--senders", "8", "--recipients", "8", "--rate", "200", "--seconds", &seconds, "--json"];
+        Ok(Command::new(env!("CARGO_BIN_EXE_sealpost")).args(args).stdout(Stdio::piped()).stderr(Stdio::null()).spawn()?)
+    }
+}
+
+fn audit(load: Child, what: &str) -> Result<()> {
+    let output = load.wait_with_output()?;
+    let report: Value = serde_json::from_slice(&output.stdout).with_context(|| format!("{what}: the load tool's report"))?;
+    println!(
+        "{what}: accepted {}, delivered {}, p50 {} ms, at most {} ms",
+        report["accepted"], report["delivered"], report["p50_ms"], report["max_ms"]
+    );
+    ensure!(report["lost"] == 0 && report["duplicates"] == 0 && report["accepted"] == report["delivered"], "{what}: {report}");
+    ensure!(report["accepted"].as_u64() > Some(1_000), "{what}: {report}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_is_lost_or_doubled_when_processes_die_or_stand_still() -> Result<()> {
+    let Some(cluster) = Cluster::new("nothing_is_lost_or_doubled_when_processes_die_or_stand_still").await? else { return Ok(()) };
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let mut one = cluster.serve("projector", 0)?;
+    let two = cluster.serve("projector", 0)?;
+    let mut edge = cluster.edge().await?;
+    tokio::time::sleep(Duration::from_secs(4)).await;
+
+    let load = cluster.load(16)?;
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    one.kill();
+    audit(load, "a projector was killed")?;
+
+    let one = cluster.serve("projector", 0)?;
+    let load = cluster.load(24)?;
+    tokio::time::sleep(Duration::from_secs(6)).await;
+    // Longer than its session: its partitions go to the other one, and it does not know when it wakes.
+    two.signal("-STOP")?;
+    tokio::time::sleep(Duration::from_secs(9)).await;
+    two.signal("-CONT")?;
+    audit(load, "a projector stood still")?;
+
+    let load = cluster.load(14)?;
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    edge.kill();
+    let edge = cluster.edge().await?;
+    audit(load, "the edge was killed")?;
+    drop((one, two, edge));
+    Ok(())
+}
