@@ -7,12 +7,13 @@ FUZZ_SECONDS ?= 20
 BROKERS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo build test test-cluster cluster-if-java fmt lint unit doc features wasm deny bench fuzz kill-audit tools wasm-target
+.PHONY: help demo build test test-cluster cluster-if-java compose-check fmt lint unit doc features wasm deny bench fuzz kill-audit tools wasm-target
 
 help:
 	@echo "make demo        build, then a narrated conversation through a broker that is killed on the way"
 	@echo "make test        everything that CI runs: format, lints, tests, documentation, wasm32, licences, cluster"
 	@echo "make test-cluster  the tests on a real Kafka and Cassandra, started for them (Java 17; Maven for the first time)"
+	@echo "make compose-check  docker-compose.yml, read by Docker Compose where it is installed"
 	@echo "make bench       log append, apply, bundle fetch, edge round trip, backlog drain"
 	@echo "make kill-audit  200 random kill -9 of a broker under load, every accepted id audited"
 	@echo "make fuzz        every fuzz target for $(FUZZ_SECONDS) s each"
@@ -23,7 +24,7 @@ demo: build
 build: tools
 	$(CARGO) build --release
 
-test: tools fmt lint unit doc features wasm deny cluster-if-java
+test: tools fmt lint unit doc features wasm deny compose-check cluster-if-java
 
 # A machine without Java can't run Kafka and Cassandra: that is said, and never taken for a pass.
 cluster-if-java:
@@ -48,6 +49,17 @@ test-cluster: tools
 	servers=$$(topology/local env --dir "$$dir") && \
 	env $$servers $(CARGO) test --all-features --test 'cluster_*' -- --test-threads=1 --nocapture && \
 	env $$servers SEALPOST_TEST_PROFILE=cluster $(CARGO) test --all-features --test delivery --test client_e2e --test client_repair -- --test-threads=2
+
+# By the real parser. `COMPOSE` may name one that is not on the path.
+compose-check:
+	@if [ -n "$(COMPOSE)" ]; then compose="$(COMPOSE)"; \
+	elif docker compose version >/dev/null 2>&1; then compose="docker compose"; \
+	elif command -v docker-compose >/dev/null 2>&1; then compose="docker-compose"; \
+	else \
+		echo "skipped: docker-compose.yml, since no compose is here; install docker-compose-v2 or docker-compose, or with Go:"; \
+		echo "  GOBIN=DIR go install github.com/docker/compose/v2/cmd@v2.29.7, then make compose-check COMPOSE=DIR/cmd"; \
+		exit 0; \
+	fi; $$compose -f docker-compose.yml config --quiet && echo "docker-compose.yml is right ($$compose)"
 
 doc: tools
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --no-deps --all-features

@@ -382,12 +382,14 @@ impl Config {
         }
         let mut variables: Vec<_> = variables.into_iter().filter(|(name, _)| is_ours(name)).collect();
         variables.sort();
-        // Each by itself, so that a message names the variable. TLS is one: its two parts need each other.
+        // Each by itself, so that a message names the variable. What needs others to be whole is judged with them.
         for (name, value) in &variables {
             lay_over(&mut table, name, value)?;
-            let tls_half = table.get("tls").and_then(toml::Value::as_table).is_some_and(|tls| tls.len() < 2);
-            if !tls_half {
-                from_table(&table).map_err(|problem| ConfigError::Variable { name: name.clone(), problem })?;
+            match from_table(&table) {
+                Err(problem) if !problem.contains("missing field") => {
+                    return Err(ConfigError::Variable { name: name.clone(), problem });
+                }
+                _ => {}
             }
         }
         from_table(&table).map_err(|problem| invalid("configuration", problem))
@@ -648,6 +650,28 @@ mod tests {
         }
         let error = from_env(&[("SEALPOST_TLS__CERT", "c.pem")]).expect_err("half of it");
         assert!(error.to_string().contains("key"), "{error}");
+    }
+
+    #[test]
+    fn a_cluster_fits_into_variables() {
+        let config = from_env(&[
+            ("SEALPOST_ROLE", "projector"),
+            ("SEALPOST_KAFKA__BROKERS", "k:9092"),
+            ("SEALPOST_KAFKA__SASL__MECHANISM", "SCRAM-SHA-512"),
+            ("SEALPOST_KAFKA__SASL__USERNAME", "u"),
+            ("SEALPOST_KAFKA__SASL__PASSWORD", "hush"),
+            ("SEALPOST_KAFKA__TLS__CA", "ca.pem"),
+            ("SEALPOST_CQL__KEYSPACE", "k"),
+            ("SEALPOST_CQL__HOSTS", "c:9042"),
+        ])
+        .expect("loads");
+        config.validate().expect("valid");
+        assert!(config.is_cluster() && config.kafka.is_some_and(|kafka| kafka.sasl.is_some() && kafka.tls.is_some()));
+        // Where is said by a flag, perhaps.
+        let config = from_env(&[("SEALPOST_KAFKA__PREFIX", "p-"), ("SEALPOST_CQL__KEYSPACE", "k")]).expect("loads");
+        assert!(config.validate().expect_err("nowhere").to_string().starts_with("kafka.brokers"));
+        let error = from_env(&[("SEALPOST_KAFKA__SASL__USERNAME", "u")]).expect_err("half of it").to_string();
+        assert!(error.contains("mechanism"), "{error}");
     }
 
     #[test]

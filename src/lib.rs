@@ -17,6 +17,7 @@
 //! - `delivery`: one device's session, free of any transport.
 //! - `auth`, `directory`, `keys`: who somebody is, and which keys they publish.
 //! - `edge`: Axum only. `server`: the composition root.
+//! - `topology`: the topics as an operator wants them, and how a cluster differs.
 //! - `client`: the SDK; its `core` does no I/O and also builds for wasm32.
 
 pub mod clock;
@@ -58,3 +59,5 @@ pub mod server;
 pub mod store;
 #[cfg(all(feature = "test-util", feature = "cli"))]
 pub mod testing;
+#[cfg(feature = "cluster")]
+pub mod topology;

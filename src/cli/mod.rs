@@ -9,12 +9,15 @@ pub mod broker;
 pub mod canary;
 pub mod chat;
 pub mod child;
+pub mod cluster;
 pub mod demo;
 pub mod load;
 pub mod metadata;
 pub mod migrate;
+pub mod probe;
 pub mod rebuild;
 pub mod serve;
+pub mod status;
 pub mod token;
 pub mod topology;
 
@@ -36,8 +39,10 @@ enum Command {
     Load(Box<load::Args>),
     Metadata(Box<metadata::Args>),
     Migrate(migrate::Args),
+    Probe(probe::Args),
     Rebuild(rebuild::Args),
     Serve(serve::Args),
+    Status(status::Args),
     Token(token::Args),
     Topology(topology::Args),
 }
@@ -70,8 +75,10 @@ pub fn main() -> ExitCode {
             Command::Load(args) => load::run(*args).await,
             Command::Metadata(args) => metadata::run(*args).await,
             Command::Migrate(args) => migrate::run(args).await,
+            Command::Probe(args) => probe::run(args).await,
             Command::Rebuild(args) => rebuild::run(args).await,
             Command::Serve(args) => serve::run(args).await,
+            Command::Status(args) => status::run(args).await,
             Command::Token(args) => token::run(args).await,
             Command::Topology(args) => topology::run(args).await,
         }

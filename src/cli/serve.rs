@@ -6,10 +6,12 @@ use std::net::SocketAddr;
 use anyhow::Context as _;
 
 use super::broker::BrokerArgs;
-use crate::config::{Config, Cql, Kafka, Role};
+use super::cluster::ClusterArgs;
+use crate::config::{Config, Role};
 use crate::server::Broker;
 
-/// Runs a broker on the embedded profile: log, store, projector and edge in one process, everything in one folder.
+/// Runs a broker. Alone: log, store, projector and edge in one process, everything in one folder. With --kafka and --cql: one of many
+/// processes over a cluster.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(flatten)]
@@ -17,15 +19,14 @@ pub struct Args {
     /// Where to listen [default: 127.0.0.1:8470]; port 0 takes a free one.
     #[arg(long)]
     listen: Option<SocketAddr>,
-    /// What this process does; edge and projector alone need --kafka and --cql [default: all].
+    /// What this process does; edges and projectors scale apart on a cluster [default: all].
     #[arg(long)]
     role: Option<Role>,
-    /// The log on Kafka: host:port, several with commas.
+    #[command(flatten)]
+    cluster: ClusterArgs,
+    /// The keyspace in the CQL store [default: sealpost].
     #[arg(long)]
-    kafka: Option<String>,
-    /// The stores on ScyllaDB or Cassandra: host:port, several with commas.
-    #[arg(long)]
-    cql: Option<String>,
+    keyspace: Option<String>,
     /// Development mode: anybody who reaches the broker can be anybody. On by itself without configured realms on a loopback address.
     #[arg(long)]
     dev: bool,
@@ -41,13 +42,9 @@ impl Args {
             if let Some(role) = self.role {
                 config.role = role;
             }
-            if let Some(brokers) = self.kafka {
-                config.kafka = Some(
-                    config.kafka.take().map_or_else(|| Kafka::on(brokers.clone()), |kafka| Kafka { brokers: brokers.clone(), ..kafka }),
-                );
-            }
-            if let Some(hosts) = self.cql {
-                config.cql = Some(config.cql.take().map_or_else(|| Cql::on(hosts.clone()), |cql| Cql { hosts: hosts.clone(), ..cql }));
+            self.cluster.set(config);
+            if let (Some(keyspace), Some(cql)) = (self.keyspace, &mut config.cql) {
+                cql.keyspace = keyspace;
             }
             if self.dev {
                 config.dev = Some(true);
@@ -56,21 +53,38 @@ impl Args {
     }
 }
 
+/// What is run, for the first line.
+fn described(config: &Config) -> String {
+    let role = match config.role {
+        Role::All => "edge and projector",
+        Role::Edge => "edge",
+        Role::Projector => "projector",
+    };
+    match (&config.kafka, &config.cql) {
+        (Some(kafka), Some(cql)) => {
+            format!("cluster profile, {role}, Kafka at {}, CQL at {}, keyspace {}", kafka.brokers, cql.hosts, cql.keyspace)
+        }
+        _ => format!("embedded profile, {role}, everything in {}", config.data.display()),
+    }
+}
+
 /// Runs until SIGTERM or Ctrl-C, then drains.
 pub async fn run(args: Args) -> anyhow::Result<()> {
     let config = args.load()?;
     raise_file_limit();
-    let (data, dev) = (config.data.clone(), config.dev_mode());
+    let (described, dev, is_edge) = (described(&config), config.dev_mode(), config.role.is_edge());
     let broker = Broker::start(config).await.context("the broker can't start")?;
     let url = broker.url();
     let mut out = std::io::stdout().lock();
-    writeln!(out, "sealpost {}, embedded profile, everything in {}", env!("CARGO_PKG_VERSION"), data.display())?;
-    if dev {
+    writeln!(out, "sealpost {}, {described}", env!("CARGO_PKG_VERSION"))?;
+    if dev && is_edge {
         writeln!(out, "DEVELOPMENT MODE: anybody who reaches this address can be anybody. Never use it for real people.")?;
     }
     writeln!(out, "listening on {url}")?;
-    writeln!(out, "  the API to read and try   {url}/docs")?;
-    if dev {
+    if is_edge {
+        writeln!(out, "  the API to read and try   {url}/docs")?;
+    }
+    if dev && is_edge {
         let server = if url == "http://127.0.0.1:8470" { String::new() } else { format!(" --server {url}") };
         writeln!(out, "  a chat, in a terminal     sealpost chat --as alice@socialink{server}")?;
         writeln!(out, "  its peer, in another      sealpost chat --as bob@vignette --to alice@socialink{server}")?;
@@ -106,5 +120,18 @@ pub fn raise_file_limit() {
     let wanted = 1 << 20;
     if setrlimit(Resource::Nofile, Rlimit { current: Some(wanted), maximum: Some(wanted) }).is_err() {
         let _ = setrlimit(Resource::Nofile, Rlimit { current: now.maximum, maximum: now.maximum });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_line_says_what_is_run() {
+        assert_eq!(described(&Config::default()), "embedded profile, edge and projector, everything in sealpost-data");
+        let text = "role = \"projector\"\n[kafka]\nbrokers = \"k:9092\"\n[cql]\nhosts = \"c\"\nusername = \"u\"\npassword = \"hush\"";
+        let line = described(&toml::from_str(text).expect("parses"));
+        assert_eq!(line, "cluster profile, projector, Kafka at k:9092, CQL at c, keyspace sealpost");
     }
 }

@@ -37,6 +37,7 @@ impl Role {
 #[serde(deny_unknown_fields)]
 pub struct Kafka {
     /// `host:port`, several with commas. One that answers is enough to find the others.
+    #[serde(default)]
     pub brokers: String,
     /// Goes in front of the names of topics and consumer groups, so that several services can share a cluster. Default: nothing.
     #[serde(default)]
@@ -53,6 +54,35 @@ pub struct Kafka {
 
 const fn session_timeout_ms() -> u64 {
     6_000
+}
+
+impl Kafka {
+    /// On these brokers, with the defaults.
+    pub const fn on(brokers: String) -> Self {
+        Self { brokers, prefix: String::new(), tls: None, sasl: None, session_timeout_ms: session_timeout_ms() }
+    }
+
+    fn validate(&self) -> Result<(), ConfigError> {
+        if !cfg!(feature = "cluster") {
+            return Err(invalid("kafka", "this binary was built without the cluster profile (cargo feature `cluster`)"));
+        }
+        if self.brokers.trim().is_empty() {
+            return Err(invalid("kafka.brokers", "is empty; give host:port, several with commas"));
+        }
+        if !self.prefix.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-')) || self.prefix.len() > 64 {
+            return Err(invalid("kafka.prefix", "at most 64 of letters, digits, `.`, `_` and `-`"));
+        }
+        if !(1_000..=300_000).contains(&self.session_timeout_ms) {
+            return Err(invalid("kafka.session_timeout_ms", "must be from 1000 to 300000 (milliseconds)"));
+        }
+        if self.sasl.as_ref().is_some_and(|sasl| sasl.mechanism == SaslMechanism::Plain) && self.tls.is_none() {
+            return Err(invalid(
+                "kafka.sasl.mechanism",
+                "PLAIN without TLS shows the password to the network; add [kafka.tls] or use SCRAM",
+            ));
+        }
+        Ok(())
+    }
 }
 
 /// TLS to the brokers. Their certificates and names are always checked.
@@ -98,6 +128,7 @@ pub enum SaslMechanism {
 #[serde(deny_unknown_fields)]
 pub struct Cql {
     /// `host:port`, several with commas. One that answers is enough to find the others.
+    #[serde(default)]
     pub hosts: String,
     /// The keyspace. Default `sealpost`.
     #[serde(default = "keyspace")]
@@ -119,13 +150,6 @@ impl Cql {
     }
 }
 
-impl Kafka {
-    /// On these brokers, with the defaults.
-    pub const fn on(brokers: String) -> Self {
-        Self { brokers, prefix: String::new(), tls: None, sasl: None, session_timeout_ms: session_timeout_ms() }
-    }
-}
-
 fn keyspace() -> String {
     "sealpost".to_owned()
 }
@@ -144,6 +168,14 @@ impl Config {
         self.kafka.is_some()
     }
 
+    /// Where Kafka is, checked by itself: for tools that need nothing else.
+    pub fn kafka_alone(&self) -> Result<&Kafka, ConfigError> {
+        let missing = || invalid("kafka", "is missing: name the brokers with --kafka HOSTS, or in the section [kafka] of --config FILE");
+        let kafka = self.kafka.as_ref().ok_or_else(missing)?;
+        kafka.validate()?;
+        Ok(kafka)
+    }
+
     pub(super) fn validate_cluster(&self) -> Result<(), ConfigError> {
         match (&self.kafka, &self.cql) {
             (None, None) if self.role == Role::All => return Ok(()),
@@ -157,24 +189,7 @@ impl Config {
             (Some(_), Some(_)) => {}
         }
         let (Some(kafka), Some(cql)) = (&self.kafka, &self.cql) else { return Ok(()) };
-        if !cfg!(feature = "cluster") {
-            return Err(invalid("kafka", "this binary was built without the cluster profile (cargo feature `cluster`)"));
-        }
-        if kafka.brokers.trim().is_empty() {
-            return Err(invalid("kafka.brokers", "is empty; give host:port, several with commas"));
-        }
-        if !kafka.prefix.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-')) || kafka.prefix.len() > 64 {
-            return Err(invalid("kafka.prefix", "at most 64 of letters, digits, `.`, `_` and `-`"));
-        }
-        if !(1_000..=300_000).contains(&kafka.session_timeout_ms) {
-            return Err(invalid("kafka.session_timeout_ms", "must be from 1000 to 300000 (milliseconds)"));
-        }
-        if kafka.sasl.as_ref().is_some_and(|sasl| sasl.mechanism == SaslMechanism::Plain) && kafka.tls.is_none() {
-            return Err(invalid(
-                "kafka.sasl.mechanism",
-                "PLAIN without TLS shows the password to the network; add [kafka.tls] or use SCRAM",
-            ));
-        }
+        kafka.validate()?;
         if cql.hosts.trim().is_empty() {
             return Err(invalid("cql.hosts", "is empty; give host:port, several with commas"));
         }

@@ -34,12 +34,14 @@ use crate::log::{AppendError, AppendSink, Consumer, EventLog, Follow, PartitionC
 mod admin;
 mod batch;
 mod consumer;
+mod groups;
 mod names;
 mod options;
 mod producer;
 mod reader;
 
-pub use admin::{FoundTopic, FoundTopics, KafkaAdminError, NewKafkaTopic, create_topics, delete_topics, describe_topics, set_topic};
+pub use admin::{KafkaAdminError, KafkaCluster, KafkaTopic, NewKafkaTopic, alter_settings, create_topics, delete_topics, describe_topics};
+pub use groups::{Group, GroupMember, GroupWatch, Position};
 pub use options::{KafkaOpenError, KafkaOptions, KafkaSasl, KafkaTls, SaslMechanism};
 
 /// See the module. Dropping it without [`EventLog::close`] fails what is queued; what was acknowledged stays.
