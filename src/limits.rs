@@ -144,6 +144,8 @@ pub const RECEIPT_ENTRIES: usize = 1_024;
 pub const LAG_MS: u64 = 5_000;
 /// How often that is looked at: each look asks the log for the end of each partition.
 pub const LAG_LOOK_MS: u64 = 100;
+/// How often a cluster's lag is looked at for metrics: as often as they are read.
+pub const CLUSTER_LAG_LOOK_MS: u64 = 5_000;
 /// Inboxes and dedupe marks that a projector keeps in memory; clean ones are dropped past that.
 pub const HOT_ENTRIES: usize = 200_000;
 
