@@ -150,6 +150,8 @@ pub const METADATA_BATCH_BYTES: usize = 64 * 1024;
 pub const METADATA_UNACKED_BYTES: usize = 8 * 1024 * 1024;
 /// Accounts whose pseudonyms a projector remembers, for each period; all are forgotten past that.
 pub const METADATA_PSEUDONYMS: usize = 200_000;
+/// How often a cluster's lag is looked at for metrics: as often as they are read.
+pub const CLUSTER_LAG_LOOK_MS: u64 = 5_000;
 /// Inboxes and dedupe marks that a projector keeps in memory; clean ones are dropped past that.
 pub const HOT_ENTRIES: usize = 200_000;
 

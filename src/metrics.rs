@@ -80,6 +80,43 @@ pub enum Moved {
     Lost,
 }
 
+/// Which call of a store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StoreCall {
+    /// How far a partition is applied.
+    Position,
+    /// What a coalescing window changed.
+    Write,
+    /// Inboxes that a projector does not remember.
+    Inboxes,
+    /// Marks that a projector does not remember.
+    Marks,
+    /// A page of pending envelopes.
+    Pending,
+    /// Inboxes with something that is past its time.
+    Expired,
+    /// What directory commands changed.
+    WriteDirectory,
+    /// An account.
+    Account,
+    /// Whose an identity is.
+    Identity,
+    /// A device's long-lived prekeys.
+    DeviceKeys,
+    /// One-time prekeys are stocked.
+    OneTimeAdd,
+    /// A one-time prekey is taken.
+    OneTimeTake,
+    /// One-time prekeys are counted.
+    OneTimeCount,
+    /// A device's one-time prekeys go.
+    OneTimeRemove,
+    /// An identity is claimed or released.
+    Claim,
+    /// An account's at-rest key is looked up, made or destroyed.
+    SealKey,
+}
+
 macro_rules! labels {
     ($name:ident: $($variant:ident = $text:literal),+ $(,)?) => {
         impl $name {
@@ -91,6 +128,7 @@ labels!(Refusal: Full = "full", PerIp = "per_ip", Tls = "tls");
 labels!(Proof: Device = "device", Realm = "realm");
 labels!(RateScope: Ip = "ip", Device = "device", Messages = "messages", Registrations = "registrations", AuthFailures = "auth_failures", KeyFetches = "key_fetches");
 labels!(Prekey: Ec = "ec", Pq = "pq");
+labels!(StoreCall: Position = "position", Write = "write", Inboxes = "inboxes", Marks = "marks", Pending = "pending", Expired = "expired", WriteDirectory = "write_directory", Account = "account", Identity = "identity", DeviceKeys = "device_keys", OneTimeAdd = "one_time_add", OneTimeTake = "one_time_take", OneTimeCount = "one_time_count", OneTimeRemove = "one_time_remove", Claim = "claim", SealKey = "seal_key");
 labels!(Moved: Assigned = "assigned", Revoked = "revoked", Lost = "lost");
 labels!(PrekeyOutcome: Handed = "handed", Exhausted = "exhausted", Protected = "protected");
 
@@ -122,7 +160,17 @@ struct Handles {
     log_queued: Gauge,
     log_consumed: Counter,
     log_moved: Vec<Counter>,
+    log_poisoned: Gauge,
+    attach: Histogram,
+    pushes: Counter,
+    push: Histogram,
+    push_delay: Histogram,
+    store_call: Vec<Histogram>,
+    store_failures: Vec<Counter>,
     applied: Counter,
+    apply: Histogram,
+    owned: Gauge,
+    queued_writes: Gauge,
     lag: Gauge,
     flush: Histogram,
     flushed: Counter,
@@ -169,7 +217,17 @@ impl Handles {
             log_queued: gauge!("sealpost_log_queued_bytes"),
             log_consumed: counter!("sealpost_log_consumed_records_total"),
             log_moved: family("sealpost_log_partitions_moved_total", "how", Moved::ALL.iter().map(|v| v.1)),
+            log_poisoned: gauge!("sealpost_log_poisoned"),
+            attach: histogram!("sealpost_delivery_attach_seconds"),
+            pushes: counter!("sealpost_push_items_total"),
+            push: histogram!("sealpost_push_handover_seconds"),
+            push_delay: histogram!("sealpost_push_delay_seconds"),
+            store_call: StoreCall::ALL.iter().map(|v| histogram!("sealpost_store_call_seconds", "call" => v.1)).collect(),
+            store_failures: family("sealpost_store_failures_total", "call", StoreCall::ALL.iter().map(|v| v.1)),
             applied: counter!("sealpost_projector_records_total"),
+            apply: histogram!("sealpost_projector_apply_seconds"),
+            owned: gauge!("sealpost_projector_owned_partitions"),
+            queued_writes: gauge!("sealpost_projector_queued_writes"),
             lag: gauge!("sealpost_projector_lag_records"),
             flush: histogram!("sealpost_projector_flush_seconds"),
             flushed: counter!("sealpost_projector_stored_items_total"),
@@ -207,8 +265,30 @@ fn describe() {
     describe_gauge!("sealpost_log_queued_bytes", "Bytes that wait for the brokers' acknowledgement");
     describe_counter!("sealpost_log_consumed_records_total", "Records given to this process's consumers");
     describe_counter!("sealpost_log_partitions_moved_total", "Partitions that rebalances gave to and took from this process");
+    describe_gauge!("sealpost_log_poisoned", "1 once the log takes nothing more until a restart");
+    describe_histogram!(
+        "sealpost_delivery_attach_seconds",
+        "From a stream's attachment being appended to its switch from backlog to live being known"
+    );
+    describe_counter!("sealpost_push_items_total", "Pushes that the projector handed over: to the sessions, or to topic push");
+    describe_histogram!(
+        "sealpost_push_handover_seconds",
+        "One hand-over of all pushes of a batch; long if the brokers or the edge do not keep up"
+    );
+    describe_histogram!(
+        "sealpost_push_delay_seconds",
+        "From a record of topic push being appended by a projector to its being met by the edge, by the two machines' clocks"
+    );
+    describe_histogram!("sealpost_store_call_seconds", "One call of a store, by its kind; failed ones included");
+    describe_counter!("sealpost_store_failures_total", "Calls of a store that failed, by their kind");
     describe_counter!("sealpost_projector_records_total", "Records applied");
-    describe_gauge!("sealpost_projector_lag_records", "Records that are durable and not applied yet");
+    describe_histogram!("sealpost_projector_apply_seconds", "Applying one batch of records and handing its pushes over");
+    describe_gauge!("sealpost_projector_owned_partitions", "Partitions that this process's projector owns");
+    describe_gauge!("sealpost_projector_queued_writes", "Writes that wait for the store behind the projector, the one under way included");
+    describe_gauge!(
+        "sealpost_projector_lag_records",
+        "Records that are durable and not applied yet; on a cluster of all partitions, whoever owns them, and counted until the store has them"
+    );
     describe_histogram!("sealpost_projector_flush_seconds", "One write of a coalescing window to the store");
     describe_counter!("sealpost_projector_stored_items_total", "Pending items that outlived their window and were stored");
     describe_counter!("sealpost_projector_expired_inboxes_total", "Inboxes of which something expired");
@@ -422,10 +502,66 @@ pub fn observe_log_moved(how: Moved, partitions: usize) {
     }
 }
 
-/// The projector applied so many records.
-pub fn observe_applied(records: u64) {
+/// The log takes nothing more until it is opened anew.
+pub fn observe_log_poisoned() {
+    if let Some(h) = HANDLES.get() {
+        h.log_poisoned.set(1.0);
+    }
+}
+
+/// A stream attached.
+pub fn observe_attached(elapsed: Duration) {
+    if let Some(h) = HANDLES.get() {
+        h.attach.record(elapsed.as_secs_f64());
+    }
+}
+
+/// The projector handed over so many pushes.
+pub fn observe_pushes(pushes: u64, elapsed: Duration) {
+    if let Some(h) = HANDLES.get() {
+        h.pushes.increment(pushes);
+        h.push.record(elapsed.as_secs_f64());
+    }
+}
+
+/// An edge met a record of topic `push` that was appended so long ago.
+pub fn observe_push_delay(elapsed: Duration) {
+    if let Some(h) = HANDLES.get() {
+        h.push_delay.record(elapsed.as_secs_f64());
+    }
+}
+
+/// A store answered a call.
+pub fn observe_store_call(call: StoreCall, elapsed: Duration, failed: bool) {
+    if let Some(h) = HANDLES.get() {
+        if let Some(histogram) = h.store_call.get(call as usize) {
+            histogram.record(elapsed.as_secs_f64());
+        }
+        if failed {
+            add(&h.store_failures, call as usize, 1);
+        }
+    }
+}
+
+/// The projector applied so many records, as one batch.
+pub fn observe_applied(records: u64, elapsed: Duration) {
     if let Some(h) = HANDLES.get() {
         h.applied.increment(records);
+        h.apply.record(elapsed.as_secs_f64());
+    }
+}
+
+/// The projector owns so many partitions.
+pub fn observe_owned(partitions: usize) {
+    if let Some(h) = HANDLES.get() {
+        h.owned.set(partitions as f64);
+    }
+}
+
+/// So many writes wait behind the projector.
+pub fn observe_queued_writes(writes: u64) {
+    if let Some(h) = HANDLES.get() {
+        h.queued_writes.set(writes as f64);
     }
 }
 
@@ -475,6 +611,8 @@ mod tests {
         assert!(Proof::ALL.iter().enumerate().all(|(i, v)| v.0 as usize == i));
         assert!(RateScope::ALL.iter().enumerate().all(|(i, v)| v.0 as usize == i));
         assert!(Prekey::ALL.iter().enumerate().all(|(i, v)| v.0 as usize == i));
+        assert!(Moved::ALL.iter().enumerate().all(|(i, v)| v.0 as usize == i));
+        assert!(StoreCall::ALL.iter().enumerate().all(|(i, v)| v.0 as usize == i));
         assert!(PrekeyOutcome::ALL.iter().enumerate().all(|(i, v)| v.0 as usize == i));
     }
 

@@ -38,6 +38,7 @@ use crate::projector::push::{Push, PushBus};
 use crate::projector::push_topic::{self, PushTarget, PushTopic};
 use crate::projector::worker::{Pace, Parts as WorkerParts, Progress, WorkerError};
 use crate::store::embedded::OpenError as StoreOpenError;
+use crate::store::metered::Metered;
 use crate::store::{DeliveryStore, DirectoryStore, KeyStore, StoreError};
 
 #[cfg(feature = "cluster")]
@@ -82,12 +83,21 @@ impl Backends {
     async fn open(config: &Arc<Config>, log: Option<Arc<dyn EventLog>>) -> Result<Self, ServerError> {
         #[cfg(feature = "cluster")]
         if config.is_cluster() {
-            return cluster::open(config).await;
+            return Ok(cluster::open(config).await?.metered());
         }
         let opening = Arc::clone(config);
         let opened = tokio::task::spawn_blocking(move || embedded::open(&opening, false, log)).await;
         let embedded::Opened { log, store } = opened.map_err(|error| ServerError(error.to_string()))??;
-        Ok(Self { log, delivery: store.clone(), directory: store.clone(), keys: store, pushes: None })
+        Ok(Self { log, delivery: store.clone(), directory: store.clone(), keys: store, pushes: None }.metered())
+    }
+
+    fn metered(self) -> Self {
+        Self {
+            delivery: Arc::new(Metered::new(self.delivery)),
+            directory: Arc::new(Metered::new(self.directory)),
+            keys: Arc::new(Metered::new(self.keys)),
+            ..self
+        }
     }
 }
 
@@ -258,6 +268,10 @@ impl Broker {
                 let acceptor = Arc::clone(&edge.acceptor);
                 tasks.push(tokio::spawn(projecting::watch_lag(Arc::clone(&backends.log), watching.clone(), acceptor)));
             }
+            if config.is_cluster() {
+                let (log, delivery, directory) = (&backends.log, &backends.delivery, &backends.directory);
+                tasks.push(tokio::spawn(projecting::measure_lag(Arc::clone(log), Arc::clone(delivery), Arc::clone(directory))));
+            }
             (projector, progress) = (Some(thread), Some(watching));
         }
 
@@ -363,6 +377,7 @@ async fn watch_log(log: Arc<dyn EventLog>, failing: watch::Sender<Option<ServerE
         every.tick().await;
         if let Err(error @ AppendError::Poisoned(_)) = log.health() {
             tracing::error!(%error, "the log can't go on");
+            metrics::observe_log_poisoned();
             failing.send_replace(Some(ServerError(format!(
                 "{error}. Check the disk, then start the broker again: it recovers what it acknowledged"
             ))));

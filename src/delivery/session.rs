@@ -242,6 +242,7 @@ impl Writer<'_> {
         let Session { hub, handle } = self.session;
         let view = hub.directory.get(handle.device.account).await.map_err(|_| CloseReason::ServerFault)?;
         self.view = Some(view.filter(|view| !view.deleted).ok_or(CloseReason::Revoked)?);
+        let begun = std::time::Instant::now();
         hub.attach(handle).await.map_err(|_| CloseReason::ServerFault)?;
         let wait = async {
             loop {
@@ -255,6 +256,7 @@ impl Writer<'_> {
         };
         let (at, inbox) =
             tokio::time::timeout(Duration::from_millis(limits::ATTACH_MS), wait).await.map_err(|_| CloseReason::ServerFault)??;
+        metrics::observe_attached(begun.elapsed());
         handle.begin(inbox.cursor);
         self.batch.frame(Frame::Hello(stream::Hello {
             cursor: inbox.cursor.0,

@@ -85,6 +85,7 @@ impl Behind {
     pub async fn queue(&mut self, job: Job) -> Result<(), WorkerError> {
         self.check()?;
         self.queued += 1;
+        metrics::observe_queued_writes(self.queued - self.done.borrow().jobs);
         if !job.write.remove_accounts.is_empty() || !job.write.remove_devices.is_empty() {
             self.forgot();
         }

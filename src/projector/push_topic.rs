@@ -16,9 +16,11 @@ use futures_util::future::BoxFuture;
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
+use crate::clock::{Clock as _, SystemClock};
 use crate::ids::{AccountId, AttachId, DeviceAddr, EdgeId, Offset, Partition, Seq};
 use crate::limits;
 use crate::log::{AppendError, AppendSink, Consumed, EventLog, Follow, ReadError, Topic, TopicPartition};
+use crate::metrics;
 use crate::projector::push::{Push, PushBus, Verdict};
 use crate::store::{InboxState, PendingItem, StoreError, keyspace};
 use crate::wire::event::{self, RequestId};
@@ -234,6 +236,8 @@ pub async fn receive(
                     match consumer.next().await {
                         Ok(Consumed::Records(batches)) => {
                             for record in batches.iter().flat_map(|(_, records)| records) {
+                                let delay = SystemClock.now().0.saturating_sub(record.appended.0);
+                                metrics::observe_push_delay(Duration::from_millis(delay));
                                 deliver(&record.payload, edge, target.as_ref());
                             }
                         }

@@ -240,7 +240,7 @@ impl Worker {
                 }
             }
             Consumed::Records(batches) => {
-                let mut records = 0;
+                let (mut records, begun) = (0, Instant::now());
                 for (tp, batch) in batches {
                     records += batch.len() as u64;
                     match tp.topic {
@@ -254,10 +254,11 @@ impl Worker {
                 self.moved = true;
                 self.send_pushes().await;
                 self.arm();
-                metrics::observe_applied(records);
+                metrics::observe_applied(records, begun.elapsed());
                 self.progress.send_modify(|progress| progress.applied += records);
             }
         }
+        metrics::observe_owned(self.owned.len());
         let caught_up = !self.owned.is_empty() && self.owned.values().all(|owned| owned.next >= owned.end_at_start);
         if caught_up && self.projection.replaying {
             // Rows that were written early before a crash are counted from here on.
@@ -426,6 +427,7 @@ impl Worker {
         if self.projection.pushes.is_empty() {
             return;
         }
+        let (count, begun) = (self.projection.pushes.len() as u64, Instant::now());
         let mut by_edge: HashMap<EdgeId, Vec<Push>> = HashMap::with_capacity(1);
         for (edge, push) in self.projection.pushes.drain(..) {
             by_edge.entry(edge).or_default().push(push);
@@ -433,6 +435,7 @@ impl Worker {
         for (edge, batch) in by_edge {
             self.parts.bus.push(edge, batch).await;
         }
+        metrics::observe_pushes(count, begun.elapsed());
     }
 
     /// What should not wait for the window: receipts, and items that polls look for.

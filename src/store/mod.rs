@@ -22,6 +22,7 @@ pub mod conformance;
 pub mod cql;
 pub mod embedded;
 pub mod keyspace;
+pub mod metered;
 pub mod seal;
 
 /// Why a store call failed.
