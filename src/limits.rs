@@ -128,6 +128,11 @@ pub const KAFKA_IDLE_READERS: usize = 2;
 pub const WINDOW_BYTES: usize = 64 * 1024 * 1024;
 /// How long an envelope may stay in memory only (the log has it) before it is written to the store.
 pub const WINDOW_MS: u64 = 1_000;
+/// On a cluster dedupe marks are written over so many windows: 2,000 rows at once take a CQL server both cores of a small machine for
+/// up to a quarter of a second, each second.
+pub const CLUSTER_MARK_WINDOWS: usize = 8;
+/// Records that a projector applies at most before it writes all marks and its position: what a takeover applies again.
+pub const TRAIL_RECORDS: u64 = 100_000;
 /// How soon receipts leave, and items of devices without a stream are readable by polls: long enough to put many together.
 pub const RECEIPT_DELAY_MS: u64 = 25;
 /// The same on a cluster, where each partition's share is a request of its own.

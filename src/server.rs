@@ -129,7 +129,11 @@ fn dev_realm(config: &Config, random: &dyn Random) -> Result<Option<DevRealm>, S
 
 fn pace(config: &Config) -> Pace {
     match config.is_cluster() {
-        true => Pace { soon: Duration::from_millis(limits::CLUSTER_RECEIPT_DELAY_MS), ..Pace::default() },
+        true => Pace {
+            soon: Duration::from_millis(limits::CLUSTER_RECEIPT_DELAY_MS),
+            mark_windows: limits::CLUSTER_MARK_WINDOWS,
+            ..Pace::default()
+        },
         false => Pace::default(),
     }
 }

@@ -93,6 +93,8 @@ pub struct Projection {
     marks: HashMap<MarkKey, (Mark, bool)>,
     dirty_inboxes: Vec<DeviceAddr>,
     dirty_marks: Vec<MarkKey>,
+    /// Marks that are on their way to the store, from the last to the first.
+    trailing: Vec<MarkKey>,
     /// Devices that had fresh items since the last flush.
     with_fresh: Vec<DeviceAddr>,
     removed: Vec<(AccountId, Seq)>,
@@ -205,6 +207,7 @@ impl Projection {
                 }
                 self.marks.retain(|key, (mark, _)| key.recipient != account || mark.applied > at);
                 self.dirty_marks.retain(|key| self.marks.contains_key(key));
+                self.trailing.retain(|key| self.marks.contains_key(key));
                 self.removed.push((account, at));
                 None
             }
@@ -421,7 +424,7 @@ impl Projection {
         self.fresh_bytes
     }
 
-    /// Everything that differs from the store; after it is written with the positions the store equals the state.
+    /// Every inbox and item that differs from the store. With the marks ([`Self::take_marks`]) that is everything.
     pub fn flush(&mut self, write: &mut DeliveryWrite) {
         self.take_removals(write);
         for device in std::mem::take(&mut self.with_fresh) {
@@ -439,12 +442,31 @@ impl Projection {
             }
             write.inboxes.push((device, inbox.state));
         }
-        for key in self.dirty_marks.drain(..) {
+    }
+
+    /// The marks that differ from the store now are to be written, in slices that hold a recipient's together. How many they are.
+    pub fn begin_marks(&mut self) -> usize {
+        self.trailing.append(&mut self.dirty_marks);
+        self.trailing.sort_unstable_by(|a, b| b.cmp(a));
+        self.trailing.len()
+    }
+
+    /// Moves a slice of them into `write`, which must hold what [`Self::flush`] gave: a mark says that all it knows of is in the
+    /// store. Once none is left (that it says), a position of when they began may be written.
+    pub fn take_marks(&mut self, write: &mut DeliveryWrite, at_most: usize) -> bool {
+        let left = self.trailing.len().saturating_sub(at_most);
+        for key in self.trailing.drain(left..).rev() {
             if let Some((mark, dirty)) = self.marks.get_mut(&key).filter(|(_, dirty)| *dirty) {
                 *dirty = false;
                 write.marks.push((key, *mark));
             }
         }
+        left == 0
+    }
+
+    /// Marks in memory.
+    pub fn marks(&self) -> usize {
+        self.marks.len()
     }
 
     /// Keeps memory below its cap after a flush: everything in memory is then in the store too, so any of it may go. Whether any went.
@@ -498,7 +520,11 @@ impl Projection {
     /// Whether [`Self::flush`] would write anything beside positions.
     pub fn is_dirty(&self) -> bool {
         self.fresh_bytes > 0
-            || !(self.dirty_inboxes.is_empty() && self.dirty_marks.is_empty() && self.removed.is_empty() && self.gone.is_empty())
+            || !(self.dirty_inboxes.is_empty()
+                && self.dirty_marks.is_empty()
+                && self.trailing.is_empty()
+                && self.removed.is_empty()
+                && self.gone.is_empty())
     }
 }
 

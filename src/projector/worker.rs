@@ -1,8 +1,8 @@
 //! The worker around [`Projection`]: consume → apply → push, and write behind the log in coalescing windows.
 //!
 //! The invariant that makes a crash harmless: a committed position never covers an event whose effect is not in the
-//! same write, and inboxes and marks are written only together with the position that they stand at. Items alone may be written earlier;
-//! applying their event again puts the same row.
+//! same write or an earlier one. What is in the store early does no harm when its event is applied again: an item puts the same row,
+//! inboxes and marks say themselves which events they hold.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
@@ -65,6 +65,9 @@ pub struct Pace {
     pub soon: Duration,
     /// How often expired envelopes are looked for.
     pub expiry: Duration,
+    /// Over how many windows the writing of dedupe marks is spread. A position waits for all that it covers, so a projector that takes
+    /// over applies the records of up to twice as many windows again.
+    pub mark_windows: usize,
 }
 
 impl Default for Pace {
@@ -73,6 +76,7 @@ impl Default for Pace {
             window: Duration::from_millis(limits::WINDOW_MS),
             soon: Duration::from_millis(limits::RECEIPT_DELAY_MS),
             expiry: Duration::from_secs(3600),
+            mark_windows: 1,
         }
     }
 }
@@ -105,6 +109,15 @@ pub struct Progress {
     pub met: u64,
 }
 
+/// Marks that are being written, and what is covered once they are.
+struct Trail {
+    positions: Vec<(TopicPartition, Offset)>,
+    /// Marks to write in each window.
+    slice: usize,
+    /// Records applied when it began.
+    applied: u64,
+}
+
 struct Owned {
     next: Offset,
     /// Where the log ended when the partition was assigned.
@@ -121,6 +134,7 @@ pub struct Worker {
     /// Receipts and metadata on their way to the log since the last flush.
     receipts: Vec<JoinHandle<Result<(), AppendError>>>,
     moved: bool,
+    trail: Option<Trail>,
     window_ends: Option<Instant>,
     soon_at: Option<Instant>,
     progress: watch::Sender<Progress>,
@@ -142,6 +156,7 @@ impl Worker {
             projection: Projection::default(),
             owned: BTreeMap::new(),
             moved: false,
+            trail: None,
             window_ends: None,
             soon_at: None,
             progress,
@@ -472,8 +487,7 @@ impl Worker {
         }));
     }
 
-    /// Ends the coalescing window: receipts out, then everything that changed with its position, atomically, behind the
-    /// projector's back.
+    /// Ends the coalescing window: receipts out, then what changed, behind the projector's back.
     async fn flush(&mut self, consumer: &mut dyn Consumer) -> Result<(), WorkerError> {
         self.window_ends = None;
         self.send_receipts();
@@ -484,8 +498,8 @@ impl Worker {
         let mut write = DeliveryWrite::default();
         self.projection.flush(&mut write);
         self.send_pushes().await;
-        if std::mem::take(&mut self.moved) {
-            let positions: Vec<_> = self.owned.iter().map(|(tp, owned)| (*tp, owned.next)).collect();
+        if std::mem::take(&mut self.moved) || self.trail.is_some() {
+            let positions = self.write_marks(&mut write);
             write.positions = positions.iter().filter(|(tp, _)| tp.topic == Topic::Inbox).map(|(tp, next)| (tp.partition, *next)).collect();
             let (after, pushed) = (std::mem::take(&mut self.receipts), Some(self.parts.bus.settled()));
             // Whoever did not acknowledge in time may have no stream any more: its polls look.
@@ -493,6 +507,9 @@ impl Worker {
             self.behind.queue(Job { write, after, pushed, waiting, positions }).await?;
             if self.projection.trim() {
                 self.behind.forgot();
+            }
+            if self.trail.is_some() {
+                self.window_ends = Some(Instant::now() + self.pace.window);
             }
         }
         for (tp, next) in self.behind.covered() {
@@ -503,9 +520,30 @@ impl Worker {
         Ok(())
     }
 
-    /// The same, and waits until all is in the store.
+    /// Adds a slice of the marks; gives the positions that are covered with it, none until the last slice. Two limits make it all of
+    /// them at once: how much a takeover would apply again, and memory.
+    fn write_marks(&mut self, write: &mut DeliveryWrite) -> Vec<(TopicPartition, Offset)> {
+        let applied = self.progress.borrow().applied;
+        let windows = self.pace.mark_windows.max(1);
+        let trail = self.trail.get_or_insert_with(|| Trail {
+            positions: self.owned.iter().map(|(tp, owned)| (*tp, owned.next)).collect(),
+            slice: self.projection.begin_marks().div_ceil(windows),
+            applied,
+        });
+        let hurry = applied - trail.applied > limits::TRAIL_RECORDS || self.projection.marks() > limits::HOT_ENTRIES;
+        let done = self.projection.take_marks(write, if hurry { usize::MAX } else { trail.slice });
+        self.trail.take_if(|_| done).map_or_else(Vec::new, |trail| trail.positions)
+    }
+
+    /// The same, whole, and waits until all is in the store.
     async fn flush_now(&mut self, consumer: &mut dyn Consumer) -> Result<(), WorkerError> {
-        self.flush(consumer).await?;
+        let windows = std::mem::replace(&mut self.pace.mark_windows, 1);
+        if self.trail.take().is_some() {
+            self.moved = true;
+        }
+        let flushed = self.flush(consumer).await;
+        self.pace.mark_windows = windows;
+        flushed?;
         self.behind.settle().await?;
         self.flush(consumer).await
     }
