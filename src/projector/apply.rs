@@ -94,6 +94,8 @@ struct Told {
 pub struct Projection {
     inboxes: HashMap<DeviceAddr, Inbox>,
     marks: HashMap<MarkKey, (Mark, bool)>,
+    /// Recipients all of whose marks are in memory (what is missing does not exist), and those who have too many for that.
+    whole: HashMap<AccountId, bool>,
     dirty_inboxes: Vec<DeviceAddr>,
     dirty_marks: Vec<MarkKey>,
     /// Marks that are on their way to the store, from the last to the first.
@@ -133,7 +135,7 @@ impl Projection {
                     inbox(DeviceAddr { account: accepted.recipient, device: envelope.device });
                 }
                 let key = MarkKey { recipient: accepted.recipient, sender: accepted.sender };
-                if !self.marks.contains_key(&key) {
+                if !self.marks.contains_key(&key) && self.has_marks_of(&accepted.recipient) != Some(true) {
                     needs.marks.insert(key);
                 }
             }
@@ -157,6 +159,19 @@ impl Projection {
     pub fn load_mark(&mut self, key: MarkKey, mark: Option<Mark>) {
         let mark = mark.filter(|mark| mark.applied > self.account_removed_at(&key.recipient)).unwrap_or_default();
         self.marks.entry(key).or_insert((mark, false));
+    }
+
+    /// Whether all of a recipient's marks are in memory; `None` if that was not tried.
+    pub fn has_marks_of(&self, recipient: &AccountId) -> Option<bool> {
+        self.whole.get(recipient).copied()
+    }
+
+    /// All marks of a recipient as the store has them, or that they are too many.
+    pub fn load_marks_of(&mut self, recipient: AccountId, marks: Option<Vec<(MarkKey, Mark)>>) {
+        self.whole.insert(recipient, marks.is_some());
+        for (key, mark) in marks.into_iter().flatten() {
+            self.load_mark(key, Some(mark));
+        }
     }
 
     /// What the store has of something that was removed may be from before the removal, or, in a replay, from behind it.
@@ -508,6 +523,10 @@ impl Projection {
         if self.marks.len() > limits::HOT_ENTRIES {
             self.marks.retain(|_, (_, dirty)| *dirty);
             self.marks.shrink_to(limits::HOT_ENTRIES / 4);
+            self.whole = HashMap::new();
+        } else if self.whole.len() > limits::HOT_ENTRIES {
+            // Of most of them nothing is in memory but this.
+            self.whole = HashMap::new();
         }
         before != (self.inboxes.len(), self.marks.len())
     }
@@ -516,6 +535,7 @@ impl Projection {
     pub fn forget(&mut self, partition: Partition, partitions: u16) {
         self.inboxes.retain(|device, _| Partition::of(&device.account, partitions) != partition);
         self.marks.retain(|key, _| Partition::of(&key.recipient, partitions) != partition);
+        self.whole.retain(|recipient, _| Partition::of(recipient, partitions) != partition);
     }
 
     /// Receipts due for senders, put together: one entry list for each sending device.
