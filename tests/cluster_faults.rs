@@ -164,6 +164,17 @@ async fn partitions_are_scaled_under_load() -> Result<()> {
     let scaled = report(scaling)?;
     ensure!(scaled["generation"] == 2 && scaled["first"] == 20 && scaled["retired"] == 20, "{scaled}");
     audit(load, "16 partitions became 6 while a projector died")?;
+
+    // The edge sleeps through the change: what it appends when it wakes stands behind the fence.
+    let load = cluster.load(24)?;
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let scaling = cluster.scale(9)?;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    edge.signal("-STOP")?;
+    tokio::time::sleep(Duration::from_secs(8)).await;
+    edge.signal("-CONT")?;
+    ensure!(report(scaling)?["generation"] == 3, "the change ends without the edge");
+    audit(load, "6 partitions became 9 while the edge stood still")?;
     drop((one, two, edge));
     Ok(())
 }

@@ -61,6 +61,10 @@ impl Span {
     }
 }
 
+const fn gcd(a: u16, b: u16) -> u16 {
+    if b == 0 { a } else { gcd(b, a % b) }
+}
+
 /// All generations.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Layout {
@@ -154,15 +158,9 @@ impl Layout {
         let Some(before) = at.checked_sub(1).map(|before| self.spans[before]) else { return Vec::new() };
         let span = self.spans[at];
         let number = partition.0 - span.first;
-        // The hash is the same: of 64 partitions, those with the same rest by 16 come from one of 16.
-        let alike = |a: u16, b: u16, modulus: u16| a % modulus == b % modulus;
-        if span.count % before.count == 0 {
-            before.all().filter(|old| alike(old.0 - before.first, number, before.count)).collect()
-        } else if before.count % span.count == 0 {
-            before.all().filter(|old| alike(old.0 - before.first, number, span.count)).collect()
-        } else {
-            before.all().collect()
-        }
+        // The hash is the same, so numbers that an account can have before and after are alike by every divisor that both counts have.
+        let common = gcd(span.count, before.count);
+        before.all().filter(|old| (old.0 - before.first) % common == number % common).collect()
     }
 
     /// Whether it may be applied: everything that its accounts had before is in the store.
