@@ -68,6 +68,8 @@ pub struct Report {
     pub p999_ms: Option<f64>,
     /// The slowest.
     pub max_ms: Option<f64>,
+    /// The slowest from sent (or due) to accepted: how long acceptance paused.
+    pub accepted_max_ms: Option<f64>,
     /// From connecting to the first pending envelope.
     pub first_ms: Option<f64>,
     /// From connecting until everything pending had come and the queue was empty.
@@ -151,6 +153,7 @@ impl Report {
         figure("p99", self.p99_ms, "ms");
         figure("p99.9", self.p999_ms, "ms");
         figure("slowest", self.max_ms, "ms");
+        figure("slowest to be accepted", self.accepted_max_ms, "ms");
         figure("first pending envelope after", self.first_ms, "ms");
         figure("everything pending after", self.drain_ms, "ms");
         figure("server CPU a message", self.server_cpu_us_per_message, "µs");

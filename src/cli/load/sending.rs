@@ -51,6 +51,8 @@ pub struct Sending {
     pub refused: BTreeMap<u32, u64>,
     /// Sends that were repeated.
     pub repeats: u64,
+    /// The longest that one took from when it was due until it was accepted.
+    pub slowest_us: u64,
 }
 
 impl Sending {
@@ -67,6 +69,7 @@ impl Sending {
             later: Vec::new(),
             refused: BTreeMap::new(),
             repeats: 0,
+            slowest_us: 0,
         }
     }
 
@@ -126,18 +129,21 @@ impl Sending {
 
     /// An answer came.
     pub fn answered(&mut self, number: u64, code: u32, retry_after_ms: u32, now_us: u64) -> Answered {
-        let Some(slot) = self.slot(number).filter(|slot| matches!(slot, Slot::Waiting { .. })) else { return Answered::Open };
+        let Some(&mut Slot::Waiting { at_us, .. }) = self.slot(number) else { return Answered::Open };
         if REPEATABLE.contains(&code) {
             self.later.push((now_us + REPEAT_US.max(u64::from(retry_after_ms) * 1_000), number));
             return Answered::Open;
         }
-        *slot = Slot::Done;
+        if let Some(slot) = self.slot(number) {
+            *slot = Slot::Done;
+        }
         self.waiting -= 1;
         while matches!(self.slots.front(), Some(Slot::Done)) {
             self.slots.pop_front();
             self.base += 1;
         }
         if code == 0 {
+            self.slowest_us = self.slowest_us.max(now_us.saturating_sub(at_us));
             return Answered::Accepted;
         }
         *self.refused.entry(code).or_default() += 1;

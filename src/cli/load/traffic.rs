@@ -443,6 +443,8 @@ pub(super) fn summary(plan: &Plan, world: &World) -> Report {
             let Some(sending) = device.session.sending() else { return };
             report.unanswered += sending.waiting();
             report.repeated += sending.repeats;
+            let slowest_ms = sending.slowest_us as f64 / 1e3;
+            report.accepted_max_ms = Some(report.accepted_max_ms.map_or(slowest_ms, |before| before.max(slowest_ms)));
             for (&code, &count) in &sending.refused {
                 *report.refused.entry(code_name(code)).or_default() += count;
             }
