@@ -221,12 +221,15 @@ pub trait Consumer: Send {
     async fn committed(&self, of: TopicPartition) -> Result<Option<Offset>, ReadError>;
 }
 
-/// Reads partitions from where they end when it is asked, outside of any group.
+/// Reads partitions outside of any group: from where they end when it is asked, or from where it is told.
 #[async_trait]
 pub trait Follow: Send + Sync + 'static {
     /// A consumer of these partitions: it gives records only, and is never asked to seek or commit. [`ReadError::Gone`]: it was away for longer
     /// than records are kept; what comes from a new one has a hole before it.
     async fn follow(&self, of: &[TopicPartition]) -> Result<Box<dyn Consumer>, ReadError>;
+
+    /// The same from these positions on.
+    async fn follow_from(&self, from: &[(TopicPartition, Offset)]) -> Result<Box<dyn Consumer>, ReadError>;
 }
 
 struct OneShot(parking_lot::Mutex<Option<tokio::sync::oneshot::Sender<Result<Offset, AppendError>>>>);

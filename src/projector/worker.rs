@@ -142,6 +142,29 @@ pub struct Worker {
     quiet_before: HashMap<TopicPartition, Offset>,
     /// Topic `metadata`, if it is written.
     recording: Option<Recording>,
+    /// It makes a view that nobody looks at yet: whatever else follows from an event is the live projectors' to do.
+    shadow: bool,
+    /// Views that may be further than this one: what they hold was said already.
+    beside: Vec<Positions>,
+}
+
+/// Where the applied positions of a view are.
+#[derive(Clone)]
+pub struct Positions {
+    /// Those of `inbox`.
+    pub delivery: Arc<dyn DeliveryStore>,
+    /// Those of `directory`.
+    pub directory: Arc<dyn DirectoryStore>,
+}
+
+impl Positions {
+    /// The next record to apply.
+    pub async fn of(&self, tp: TopicPartition) -> Result<Offset, StoreError> {
+        match tp.topic {
+            Topic::Directory => self.directory.directory_position(tp.partition).await,
+            _ => self.delivery.position(tp.partition).await,
+        }
+    }
 }
 
 impl Worker {
@@ -162,6 +185,8 @@ impl Worker {
             progress,
             quiet_before: HashMap::new(),
             recording: None,
+            shadow: false,
+            beside: Vec::new(),
         };
         (worker, receiver)
     }
@@ -169,6 +194,18 @@ impl Worker {
     /// Appends nothing for records before these positions: a rebuild must not tell senders again what they were told.
     pub fn quiet_before(mut self, positions: HashMap<TopicPartition, Offset>) -> Self {
         self.quiet_before = positions;
+        self
+    }
+
+    /// Makes a view beside the live one: appends nothing, whatever happens.
+    pub const fn shadow(mut self) -> Self {
+        self.shadow = true;
+        self
+    }
+
+    /// Appends nothing for what one of these views holds when a partition is assigned.
+    pub fn beside(mut self, views: Vec<Positions>) -> Self {
+        self.beside = views;
         self
     }
 
@@ -180,7 +217,7 @@ impl Worker {
     }
 
     fn is_quiet(&self, tp: TopicPartition, record: &Record) -> bool {
-        self.quiet_before.get(&tp).is_some_and(|before| record.offset < *before)
+        self.shadow || self.quiet_before.get(&tp).is_some_and(|before| record.offset < *before)
     }
 
     /// Works until `stop` turns true, then flushes. Returns early only with an error.
@@ -233,6 +270,10 @@ impl Worker {
                         Topic::Directory => self.parts.directory.directory_position(tp.partition).await?,
                         _ => self.parts.delivery.position(tp.partition).await?,
                     };
+                    for view in &self.beside {
+                        let said = view.of(tp).await?;
+                        self.quiet_before.entry(tp).and_modify(|before| *before = said.max(*before)).or_insert(said);
+                    }
                     let (earliest, end) = self.parts.log.bounds(tp).await?;
                     if next < earliest && next > Offset(0) {
                         tracing::error!(
@@ -366,6 +407,8 @@ impl Worker {
     async fn step(&mut self, step: Step) -> Result<(), WorkerError> {
         match step {
             Step::SettleStored { device, after, to, kind } => self.settle_stored(device, after, to, kind).await,
+            // Nobody waits for it, and no stream reads this view.
+            Step::Attach { .. } if self.shadow => Ok(()),
             Step::Attach { device, edge, attach, at } => {
                 let mut write = DeliveryWrite::default();
                 self.projection.take_fresh(device, &mut write);
@@ -550,6 +593,9 @@ impl Worker {
 
     /// Looks for envelopes past their time, and says so on the log: the view changes only by events.
     async fn expire(&self) -> Result<(), WorkerError> {
+        if self.shadow {
+            return Ok(());
+        }
         let before = crate::clock::UnixMillis(self.parts.clock.now().0.saturating_sub(limits::ENVELOPE_TTL_MS));
         let partitions = self.parts.log.partitions(Topic::Inbox);
         let mut after = None;

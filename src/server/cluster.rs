@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::config::{Config, Cql, Kafka, SaslMechanism};
 use crate::log::Follow;
 use crate::log::kafka as log;
-use crate::server::{Backends, ServerError};
+use crate::server::{Backends, ServerError, View};
 use crate::store::cql as store;
 
 /// How to reach Kafka, as configured.
@@ -38,6 +38,11 @@ pub fn cql_options(cql: &Cql) -> store::CqlOptions {
     options
 }
 
+/// The same for another view beside the configured one. The state stays where it is.
+pub(super) fn beside(cql: &Cql, keyspace: &str) -> store::CqlOptions {
+    store::CqlOptions { keyspace: keyspace.to_owned(), ..cql_options(cql) }
+}
+
 /// Opens both; what is missing or wrong is an error that says what to do.
 pub(super) async fn open(config: &Config) -> Result<Backends, ServerError> {
     let (Some(kafka), Some(cql)) = (&config.kafka, &config.cql) else {
@@ -46,5 +51,11 @@ pub(super) async fn open(config: &Config) -> Result<Backends, ServerError> {
     let log = log::KafkaLog::open(kafka_options(kafka)).await.map_err(|error| ServerError(error.to_string()))?;
     let store = store::CqlStore::open(cql_options(cql)).await.map_err(|error| ServerError(error.to_string()))?;
     let pushes = Some(Arc::clone(&log) as Arc<dyn Follow>);
-    Ok(Backends { log, delivery: store.clone(), directory: store.clone(), keys: store, pushes })
+    let mut view = View::one(store.clone());
+    if let Some(keyspace) = cql.mirror_keyspace.as_deref().filter(|_| config.role.is_projector()) {
+        let other = store::CqlStore::open(beside(cql, keyspace)).await.map_err(|error| ServerError(error.to_string()))?;
+        tracing::info!(keyspace = %cql.keyspace, mirror = %keyspace, "two keyspaces are kept");
+        view = View::two([store.clone(), other], log.as_ref());
+    }
+    Ok(Backends { log, delivery: store.clone(), directory: store.clone(), keys: store, view, pushes })
 }

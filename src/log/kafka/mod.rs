@@ -177,7 +177,11 @@ impl Follow for KafkaLog {
         for &one in of {
             ends.push((one, self.bounds(one).await?.1));
         }
-        Ok(Box::new(KafkaConsumer::follow(&self.options, &self.names, &ends, self.closed.clone())?))
+        self.follow_from(&ends).await
+    }
+
+    async fn follow_from(&self, from: &[(TopicPartition, Offset)]) -> Result<Box<dyn Consumer>, ReadError> {
+        Ok(Box::new(KafkaConsumer::follow(&self.options, &self.names, from, self.closed.clone())?))
     }
 }
 
