@@ -52,6 +52,8 @@ mod rebuild;
 
 #[cfg(feature = "cluster")]
 pub use cluster::{cql_options, kafka_options};
+#[cfg(feature = "cluster")]
+pub use rebuild::{Comparison, Fresh, FreshProgress, Tally, compare, compare_views};
 pub use rebuild::{Rebuilt, rebuild};
 
 /// Why a broker did not start, or stopped by itself. Each says what to do.

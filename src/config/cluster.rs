@@ -178,6 +178,11 @@ impl Config {
         Ok(kafka)
     }
 
+    /// Where both parts of a cluster are, checked by itself, whatever this process would serve.
+    pub fn validate_where(&self) -> Result<(), ConfigError> {
+        self.validate_cluster()
+    }
+
     pub(super) fn validate_cluster(&self) -> Result<(), ConfigError> {
         match (&self.kafka, &self.cql) {
             (None, None) if self.role == Role::All => return Ok(()),

@@ -34,7 +34,7 @@ mod migrate;
 mod options;
 mod scan;
 
-pub use migrate::{Migrated, Replication, migrate};
+pub use migrate::{Migrated, Replication, migrate, migrate_like};
 pub use options::{CqlOpenError, CqlOptions, CqlTls};
 
 #[cfg(any(test, feature = "test-util"))]

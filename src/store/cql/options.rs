@@ -70,6 +70,16 @@ pub enum CqlOpenError {
         /// What is wrong.
         problem: String,
     },
+    /// The view was made beside a state that is in another keyspace than the configured one.
+    #[error("the state of the keyspace `{keyspace}` (prekeys, at-rest keys) is in `{state}`, not in `{asked}`: set cql.state_keyspace = \"{state}\"")]
+    State {
+        /// The view.
+        keyspace: String,
+        /// Where its state is.
+        state: String,
+        /// What the configuration says.
+        asked: String,
+    },
     /// The cluster refused a statement of ours.
     #[error("the CQL cluster refuses what it is asked: {0}")]
     Refused(String),
