@@ -157,6 +157,10 @@ pub const METADATA_UNACKED_BYTES: usize = 8 * 1024 * 1024;
 pub const METADATA_PSEUDONYMS: usize = 200_000;
 /// How often a cluster's lag is looked at for metrics: as often as they are read.
 pub const CLUSTER_LAG_LOOK_MS: u64 = 5_000;
+/// Marks of one recipient that are read at once; of whom more write to, each is read when it is needed.
+pub const WHOLE_MARKS: usize = 128;
+/// Recipients of whom an edge knows that it read all their marks.
+pub const WHOLE_RECIPIENTS: usize = 20_000;
 /// Inboxes and dedupe marks that a projector keeps in memory; clean ones are dropped past that.
 pub const HOT_ENTRIES: usize = 200_000;
 

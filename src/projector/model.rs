@@ -193,6 +193,12 @@ impl Run {
             for device in needs.inboxes {
                 self.projection.load_inbox(device, self.store.inboxes.get(&device).copied());
             }
+            let has = self.projection.has_marks_of(&account());
+            if has.is_none() && !needs.marks.is_empty() {
+                // One with few correspondents, or one with many.
+                let all: Vec<_> = self.store.marks.iter().map(|(key, mark)| (*key, *mark)).collect();
+                self.projection.load_marks_of(account(), (all.len() <= 2).then_some(all));
+            }
             for key in needs.marks {
                 self.projection.load_mark(key, self.store.marks.get(&key).copied());
             }

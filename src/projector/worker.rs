@@ -14,7 +14,7 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use crate::clock::Clock;
-use crate::ids::{DeviceAddr, EdgeId, Generation, Offset, Partition, Seq};
+use crate::ids::{AccountId, DeviceAddr, EdgeId, Generation, Offset, Partition, Seq};
 use crate::limits;
 use crate::log::{AppendError, Consumed, Consumer, EventLog, ReadError, Record, Topic, TopicPartition};
 use crate::metadata;
@@ -385,7 +385,7 @@ impl Worker {
         Ok(())
     }
 
-    async fn load(&mut self, needs: Needs) -> Result<(), WorkerError> {
+    async fn load(&mut self, mut needs: Needs) -> Result<(), WorkerError> {
         self.behind.settle_forgotten().await?;
         if !needs.inboxes.is_empty() {
             let devices: Vec<DeviceAddr> = needs.inboxes.into_iter().collect();
@@ -394,6 +394,18 @@ impl Worker {
                 self.projection.load_inbox(device, state);
             }
         }
+        // A recipient's first message reads the marks of all who wrote to it, so that the next new sender costs no read.
+        let untried = |key: &MarkKey| self.projection.has_marks_of(&key.recipient).is_none();
+        let recipients: HashSet<AccountId> = needs.marks.iter().filter(|key| untried(key)).map(|key| key.recipient).collect();
+        let delivery = &self.parts.delivery;
+        let read = |recipient| async move {
+            let marks = retry(|| delivery.marks_of(recipient, limits::WHOLE_MARKS)).await?;
+            Ok::<_, WorkerError>((recipient, marks))
+        };
+        for (recipient, marks) in futures_util::future::try_join_all(recipients.into_iter().map(read)).await? {
+            self.projection.load_marks_of(recipient, marks);
+        }
+        needs.marks.retain(|key| self.projection.has_marks_of(&key.recipient) != Some(true));
         if !needs.marks.is_empty() {
             let keys: Vec<MarkKey> = needs.marks.into_iter().collect();
             let marks = retry(|| self.parts.delivery.marks(keys.clone())).await?;
