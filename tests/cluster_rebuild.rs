@@ -152,7 +152,7 @@ impl Service {
     }
 
     fn compared(&self, keyspace: &str) -> Result<Value> {
-        let args = ["rebuild", "compare", "--with", keyspace, "--json"];
+        let args = ["rebuild", "compare", "--with", keyspace, "--patience", "5", "--json"];
         let output = self.command(&args, &self.cluster.cql.keyspace, None).output()?;
         let report = serde_json::from_slice(&output.stdout).with_context(|| String::from_utf8_lossy(&output.stderr).into_owned())?;
         ensure!(output.status.success(), "they differ: {report}");
@@ -180,7 +180,7 @@ async fn a_running_service_moves_to_a_fresh_keyspace() -> Result<()> {
     }
 
     let args =
-        ["load", "--server", &service.url(), "--senders", "8", "--recipients", "8", "--rate", "200", "--seconds", "75", "--json"];
+        ["load", "--server", &service.url(), "--senders", "8", "--recipients", "8", "--rate", "200", "--seconds", "60", "--json"];
     let load = Command::new(env!("CARGO_BIN_EXE_sealpost")).args(args).stdout(Stdio::piped()).stderr(Stdio::null()).spawn()?;
     tokio::time::sleep(Duration::from_secs(3)).await;
 

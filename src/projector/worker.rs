@@ -563,7 +563,7 @@ impl Worker {
             if self.projection.trim() {
                 self.behind.forgot();
             }
-            if self.trail.is_some() {
+            if self.trail.is_some() || self.moved {
                 self.window_ends = Some(Instant::now() + self.pace.window);
             }
         }
@@ -587,6 +587,8 @@ impl Worker {
         });
         let hurry = applied - trail.applied > limits::TRAIL_RECORDS || self.projection.marks() > limits::HOT_ENTRIES;
         let done = self.projection.take_marks(write, if hurry { usize::MAX } else { trail.slice });
+        // What was applied since it began is the next one's, also if nothing more comes.
+        self.moved = trail.applied < applied;
         self.trail.take_if(|_| done).map_or_else(Vec::new, |trail| trail.positions)
     }
 

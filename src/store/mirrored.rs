@@ -98,6 +98,10 @@ impl<S: DeliveryStore> DeliveryStore for Mirrored<S> {
         Ok(answers)
     }
 
+    async fn marks_of(&self, recipient: AccountId, max: usize) -> Result<Option<Vec<(MarkKey, Mark)>>, StoreError> {
+        self.reads(&recipient).marks_of(recipient, max).await
+    }
+
     async fn pending(
         &self,
         device: DeviceAddr,
