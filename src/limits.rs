@@ -131,6 +131,9 @@ pub const WINDOW_MS: u64 = 1_000;
 /// On a cluster dedupe marks are written over so many windows: 2,000 rows at once take a CQL server both cores of a small machine for
 /// up to a quarter of a second, each second.
 pub const CLUSTER_MARK_WINDOWS: usize = 8;
+/// How long a first message between two people waits for the store to say which ids were seen, in milliseconds. Several times what a
+/// store takes under load; past it the message is accepted all the same, since the projector knows.
+pub const MARK_WAIT_MS: u64 = 100;
 /// Records that a projector applies at most before it writes all marks and its position: what a takeover applies again.
 pub const TRAIL_RECORDS: u64 = 100_000;
 /// How soon receipts leave, and items of devices without a stream are readable by polls: long enough to put many together.

@@ -318,8 +318,9 @@ impl Hub {
         }
     }
 
-    /// Pushes may have been lost on their way to this edge: every stream attaches anew.
+    /// Pushes may have been lost on their way to this edge: every stream attaches anew, and what is cached of accounts may have changed.
     pub fn cut_all(&self) {
+        self.directory.invalidate_all();
         for shard in &self.sessions {
             for handle in shard.lock().values() {
                 handle.cut();
