@@ -207,7 +207,9 @@ pub const CACHED_MARKS: usize = 100_000;
 pub const CATCH_UP_ITEMS: usize = 1_024;
 /// Bytes in one page of a stream's catch-up: a few server frames, so that pages and frames do not wait for each other.
 pub const CATCH_UP_BYTES: usize = 1024 * 1024;
-/// How long clients of a draining edge are told to wait, in milliseconds.
+/// How often a draining edge closes some of its streams, in milliseconds.
+pub const DRAIN_STEP_MS: u64 = 20;
+/// How long clients of a draining edge are told to wait, in milliseconds: from this to twice of it.
 pub const DRAIN_RETRY_MS: u32 = 500;
 /// A stream's read buffer: several ordinary envelopes a system call. Idle streams keep it, so it is small.
 pub const WS_READ_BUFFER_BYTES: usize = 4 * 1024;
