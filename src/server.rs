@@ -297,7 +297,8 @@ impl Broker {
                 bus,
                 clock: Arc::clone(&clock),
             };
-            let keeping = projecting::Keeping { pace: pace(&config), metadata: metadata::keys(&config)?, beside: backends.view.each.clone() };
+            let keeping =
+                projecting::Keeping { pace: pace(&config), metadata: metadata::keys(&config)?, beside: backends.view.each.clone() };
             let (thread, watching) = projecting::spawn(parts, keeping, projector_stops, failing.clone())?;
             if !config.is_cluster() {
                 projecting::wait_until_caught_up(watching.clone(), failed.clone()).await?;

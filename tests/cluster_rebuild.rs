@@ -50,7 +50,7 @@ async fn a_fresh_keyspace_equals_the_live_one_and_a_difference_is_found() -> Res
     dave.call(Method::DELETE, "/v1/account", None).await?;
 
     let config = config(&cluster);
-    let keyspace = format!("{}_new", cluster.cql.keyspace);
+    let keyspace = cluster.other_keyspace();
     let mut fresh = Fresh::start(&config, &keyspace).await?;
     let done = fresh.catch_up(0, |_| ()).await?;
     ensure!(done.applied > 130, "{done:?}");
@@ -167,7 +167,7 @@ async fn a_running_service_moves_to_a_fresh_keyspace() -> Result<()> {
     let Some(cluster) = TestCluster::new("a_running_service_moves_to_a_fresh_keyspace").await? else { return Ok(()) };
     let _ = rustls::crypto::ring::default_provider().install_default();
     let edge_port = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
-    let (old, new) = (cluster.cql.keyspace.clone(), format!("{}_new", cluster.cql.keyspace));
+    let (old, new) = (cluster.cql.keyspace.clone(), cluster.other_keyspace());
     let service = Service { cluster, data: tempfile::tempdir()?, edge_port };
     let one = service.projector(&old, None)?;
     let two = service.projector(&old, None)?;
@@ -179,8 +179,7 @@ async fn a_running_service_moves_to_a_fresh_keyspace() -> Result<()> {
         accepted(&sender, &[&away], id).await?;
     }
 
-    let args =
-        ["load", "--server", &service.url(), "--senders", "8", "--recipients", "8", "--rate", "200", "--seconds", "60", "--json"];
+    let args = ["load", "--server", &service.url(), "--senders", "8", "--recipients", "8", "--rate", "200", "--seconds", "60", "--json"];
     let load = Command::new(env!("CARGO_BIN_EXE_sealpost")).args(args).stdout(Stdio::piped()).stderr(Stdio::null()).spawn()?;
     tokio::time::sleep(Duration::from_secs(3)).await;
 
@@ -228,7 +227,11 @@ async fn a_running_service_moves_to_a_fresh_keyspace() -> Result<()> {
     let backlog = away.connect().await?.backlog().await?;
     ensure!(backlog.iter().map(|envelope| envelope.client_message_id).eq(1..=40), "{} waited", backlog.len());
     // A keyspace of a view is never opened with a state that is not its own.
-    let alone = service.command(&["migrate"], &new, None).env("SEALPOST_CQL__STATE_KEYSPACE", &new).env_remove("SEALPOST_KAFKA__BROKERS").output()?;
+    let alone = service
+        .command(&["migrate"], &new, None)
+        .env("SEALPOST_CQL__STATE_KEYSPACE", &new)
+        .env_remove("SEALPOST_KAFKA__BROKERS")
+        .output()?;
     ensure!(!alone.status.success(), "refused");
     drop((one, two, edge));
     Ok(())

@@ -108,7 +108,8 @@ async fn into(keyspace: String, args: Args) -> anyhow::Result<()> {
     args.cluster.set(&mut config);
     let bar = spinner();
     let mut fresh = server::Fresh::start(&config, &keyspace).await.context("the view can't be rebuilt")?;
-    let show = |progress: server::FreshProgress| bar.set_message(format!("{} records applied, {} to go", progress.applied, progress.behind));
+    let show =
+        |progress: server::FreshProgress| bar.set_message(format!("{} records applied, {} to go", progress.applied, progress.behind));
     let done = fresh.catch_up(NEARLY, show).await.context("the view can't be rebuilt")?;
     let compared = if args.no_compare {
         None
@@ -128,7 +129,9 @@ async fn into(keyspace: String, args: Args) -> anyhow::Result<()> {
     let judged = compared.as_ref().map_or(Ok(()), |compared| verdict(compared, args.json));
     if args.follow && judged.is_ok() {
         if !args.json {
-            println!("It is kept up to date until this is stopped (Ctrl-C), or projectors with cql.mirror_keyspace = \"{keyspace}\" do it.");
+            println!(
+                "It is kept up to date until this is stopped (Ctrl-C), or projectors with cql.mirror_keyspace = \"{keyspace}\" do it."
+            );
         }
         fresh.follow(async { drop(super::serve::stop_signal().await) }, |_| ()).await?;
     }

@@ -13,7 +13,8 @@ use parking_lot::RwLock;
 use crate::clock::UnixMillis;
 use crate::ids::{AccountId, DeviceAddr, Identity, Offset, Partition, Seq};
 use crate::store::{
-    AccountRecord, DeliveryStore, DeliveryWrite, DeviceKeys, DirectoryStore, DirectoryWrite, InboxState, Mark, MarkKey, PendingItem, StoreError,
+    AccountRecord, DeliveryStore, DeliveryWrite, DeviceKeys, DirectoryStore, DirectoryWrite, InboxState, Mark, MarkKey, PendingItem,
+    StoreError,
 };
 
 /// See the module. `S` is a view, of both kinds.

@@ -41,7 +41,9 @@ pub struct Rebuilt {
 pub async fn rebuild(config: &Config, on_progress: impl Fn(u64)) -> Result<Rebuilt, ServerError> {
     let started = std::time::Instant::now();
     if config.is_cluster() {
-        return Err(ServerError("a cluster's view is rebuilt into a fresh keyspace, which --into names; see docs/operations.md".to_owned()));
+        return Err(ServerError(
+            "a cluster's view is rebuilt into a fresh keyspace, which --into names; see docs/operations.md".to_owned(),
+        ));
     }
     if !Path::new(&config.data).join("log").exists() {
         return Err(ServerError(format!("{} holds no log; name the broker's folder with --data", config.data.display())));

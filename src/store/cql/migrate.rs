@@ -134,6 +134,21 @@ pub async fn drop_keyspaces(options: &CqlOptions) -> Result<(), CqlOpenError> {
     Ok(())
 }
 
+/// The same for all whose names begin with the view's and an underscore, too.
+#[cfg(any(test, feature = "test-util"))]
+pub async fn drop_keyspaces_of(options: &CqlOptions) -> Result<(), CqlOpenError> {
+    let session = options.connect().await?;
+    let found = session.query_unpaged("SELECT keyspace_name FROM system_schema.keyspaces", ()).await.map_err(|error| refused(&error))?;
+    let rows = found.into_rows_result().map_err(|error| CqlOpenError::Refused(error.to_string()))?;
+    let names = rows.rows::<(String,)>().map_err(|error| CqlOpenError::Refused(error.to_string()))?;
+    for (name,) in names.flatten() {
+        if name == options.keyspace || name == options.state_keyspace || name.starts_with(&format!("{}_", options.keyspace)) {
+            run(&session, &format!("DROP KEYSPACE IF EXISTS {name}")).await?;
+        }
+    }
+    Ok(())
+}
+
 /// That both keyspaces are as this binary needs them.
 pub(super) async fn check(session: &Session, options: &CqlOptions) -> Result<(), CqlOpenError> {
     check_state(session, options).await?;

@@ -38,7 +38,7 @@ pub use migrate::{Migrated, Replication, migrate, migrate_like};
 pub use options::{CqlOpenError, CqlOptions, CqlTls};
 
 #[cfg(any(test, feature = "test-util"))]
-pub use migrate::drop_keyspaces;
+pub use migrate::{drop_keyspaces, drop_keyspaces_of};
 
 /// Rows of a table that is read as a whole, at once.
 const PAGE_ROWS: i32 = 500;

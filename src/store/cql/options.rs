@@ -71,7 +71,9 @@ pub enum CqlOpenError {
         problem: String,
     },
     /// The view was made beside a state that is in another keyspace than the configured one.
-    #[error("the state of the keyspace `{keyspace}` (prekeys, at-rest keys) is in `{state}`, not in `{asked}`: set cql.state_keyspace = \"{state}\"")]
+    #[error(
+        "the state of the keyspace `{keyspace}` (prekeys, at-rest keys) is in `{state}`, not in `{asked}`: set cql.state_keyspace = \"{state}\""
+    )]
     State {
         /// The view.
         keyspace: String,
