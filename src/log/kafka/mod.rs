@@ -164,7 +164,8 @@ fn connect_error(producer: &Producer, options: &KafkaOptions, error: &KafkaError
         Some((RDKafkaErrorCode::Authentication | RDKafkaErrorCode::SaslAuthenticationFailed, reason)) => {
             KafkaOpenError::Authentication { brokers, reason }
         }
-        Some((RDKafkaErrorCode::SSL, reason)) => KafkaOpenError::Tls { brokers, reason },
+        // A certificate that is not taken comes as a failure of the transport, in OpenSSL's words.
+        Some((code, reason)) if code == RDKafkaErrorCode::SSL || reason.contains("SSL routines") => KafkaOpenError::Tls { brokers, reason },
         Some((_, reason)) => KafkaOpenError::Unreachable { brokers, reason },
         None => KafkaOpenError::Unreachable { brokers, reason: error.to_string() },
     }
