@@ -68,6 +68,7 @@ impl std::fmt::Debug for KafkaLog {
 impl KafkaLog {
     /// Connects, and checks that the topics are there and have leaders. Never makes a topic. Needs a tokio runtime.
     pub async fn open(options: KafkaOptions) -> Result<Arc<Self>, KafkaOpenError> {
+        options.check_files()?;
         let producer = Producer::new(&options).map_err(|error| KafkaOpenError::Options(error.to_string()))?;
         let producer = Arc::new(producer);
         let for_thread = Arc::clone(&producer);
