@@ -44,11 +44,14 @@ unit: tools
 test-cluster: tools
 	$(CARGO) test --all-features --test 'cluster_*' --test delivery --test client_e2e --test client_repair --no-run
 	@dir=$$(mktemp -d "$${TMPDIR:-/tmp}/sealpost-cluster.XXXXXX"); \
-	trap 'topology/local down --dir "$$dir" && rm -rf "$$dir"' EXIT; trap 'exit 130' INT TERM; \
+	trap 'topology/local down --dir "$$dir/secure"; topology/local down --dir "$$dir" && rm -rf "$$dir"' EXIT; trap 'exit 130' INT TERM; \
 	topology/local up --dir "$$dir" --brokers $(BROKERS) --only kafka,cassandra && \
 	servers=$$(topology/local env --dir "$$dir") && \
 	env $$servers $(CARGO) test --all-features --test 'cluster_*' -- --test-threads=1 --nocapture && \
-	env $$servers SEALPOST_TEST_PROFILE=cluster $(CARGO) test --all-features --test delivery --test client_e2e --test client_repair -- --test-threads=2
+	env $$servers SEALPOST_TEST_PROFILE=cluster $(CARGO) test --all-features --test delivery --test client_e2e --test client_repair -- --test-threads=2 && \
+	topology/local down --dir "$$dir" && \
+	topology/local up --dir "$$dir/secure" --only kafka,cassandra --secure && \
+	env $$(topology/local env --dir "$$dir/secure") $(CARGO) test --all-features --test cluster_secure -- --test-threads=1 --nocapture
 
 # By the real parser. `COMPOSE` may name one that is not on the path.
 compose-check:

@@ -341,7 +341,7 @@ pub enum Expose {
 }
 
 /// Variables that are texts whatever they look like.
-const TEXT_KEYS: [&str; 22] = [
+const TEXT_KEYS: [&str; 24] = [
     "data",
     "listen",
     "tls.cert",
@@ -361,6 +361,8 @@ const TEXT_KEYS: [&str; 22] = [
     "kafka.sasl.password",
     "cql.hosts",
     "cql.keyspace",
+    "cql.state_keyspace",
+    "cql.mirror_keyspace",
     "cql.username",
     "cql.password",
     "cql.tls.ca",

@@ -131,6 +131,9 @@ pub const WINDOW_MS: u64 = 1_000;
 /// On a cluster dedupe marks are written over so many windows: 2,000 rows at once take a CQL server both cores of a small machine for
 /// up to a quarter of a second, each second.
 pub const CLUSTER_MARK_WINDOWS: usize = 8;
+/// How long a first message between two people waits for the store to say which ids were seen, in milliseconds. Several times what a
+/// store takes under load; past it the message is accepted all the same, since the projector knows.
+pub const MARK_WAIT_MS: u64 = 100;
 /// Records that a projector applies at most before it writes all marks and its position: what a takeover applies again.
 pub const TRAIL_RECORDS: u64 = 100_000;
 /// How soon receipts leave, and items of devices without a stream are readable by polls: long enough to put many together.
@@ -212,7 +215,9 @@ pub const CACHED_MARKS: usize = 100_000;
 pub const CATCH_UP_ITEMS: usize = 1_024;
 /// Bytes in one page of a stream's catch-up: a few server frames, so that pages and frames do not wait for each other.
 pub const CATCH_UP_BYTES: usize = 1024 * 1024;
-/// How long clients of a draining edge are told to wait, in milliseconds.
+/// How often a draining edge closes some of its streams, in milliseconds.
+pub const DRAIN_STEP_MS: u64 = 20;
+/// How long clients of a draining edge are told to wait, in milliseconds: from this to twice of it.
 pub const DRAIN_RETRY_MS: u32 = 500;
 /// A stream's read buffer: several ordinary envelopes a system call. Idle streams keep it, so it is small.
 pub const WS_READ_BUFFER_BYTES: usize = 4 * 1024;

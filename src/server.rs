@@ -36,9 +36,11 @@ use crate::log::{AppendError, EventLog, Follow, Topic};
 use crate::metrics;
 use crate::projector::push::{Push, PushBus};
 use crate::projector::push_topic::{self, PushTarget, PushTopic};
-use crate::projector::worker::{Pace, Parts as WorkerParts, Progress, WorkerError};
+use crate::projector::worker::{Pace, Parts as WorkerParts, Positions, Progress, WorkerError};
 use crate::store::embedded::OpenError as StoreOpenError;
 use crate::store::metered::Metered;
+#[cfg(feature = "cluster")]
+use crate::store::mirrored::Mirrored;
 use crate::store::{DeliveryStore, DirectoryStore, KeyStore, StoreError};
 
 #[cfg(feature = "cluster")]
@@ -50,6 +52,8 @@ mod rebuild;
 
 #[cfg(feature = "cluster")]
 pub use cluster::{cql_options, kafka_options};
+#[cfg(feature = "cluster")]
+pub use rebuild::{Comparison, Fresh, FreshProgress, Tally, compare, compare_views};
 pub use rebuild::{Rebuilt, rebuild};
 
 /// Why a broker did not start, or stopped by itself. Each says what to do.
@@ -74,8 +78,31 @@ struct Backends {
     delivery: Arc<dyn DeliveryStore>,
     directory: Arc<dyn DirectoryStore>,
     keys: Arc<dyn KeyStore>,
+    /// What the projector keeps: the same, unless it keeps two.
+    view: View,
     /// Set where edges and projectors are processes of their own: pushes go over a topic then.
     pushes: Option<Arc<dyn Follow>>,
+}
+
+/// What a projector keeps.
+struct View {
+    delivery: Arc<dyn DeliveryStore>,
+    directory: Arc<dyn DirectoryStore>,
+    /// The single ones, where it keeps two.
+    each: Vec<Positions>,
+}
+
+impl View {
+    fn one<S: DeliveryStore + DirectoryStore>(store: Arc<S>) -> Self {
+        Self { delivery: store.clone(), directory: store, each: Vec::new() }
+    }
+
+    #[cfg(feature = "cluster")]
+    fn two<S: DeliveryStore + DirectoryStore>(views: [Arc<S>; 2], log: &dyn EventLog) -> Self {
+        let each = views.iter().map(|view| Positions { delivery: view.clone(), directory: view.clone() }).collect();
+        let both = Arc::new(Mirrored::new(views, log.partitions(Topic::Inbox), log.partitions(Topic::Directory)));
+        Self { delivery: both.clone(), directory: both, each }
+    }
 }
 
 impl Backends {
@@ -88,7 +115,8 @@ impl Backends {
         let opening = Arc::clone(config);
         let opened = tokio::task::spawn_blocking(move || embedded::open(&opening, false, log)).await;
         let embedded::Opened { log, store } = opened.map_err(|error| ServerError(error.to_string()))??;
-        Ok(Self { log, delivery: store.clone(), directory: store.clone(), keys: store, pushes: None }.metered())
+        let view = View::one(store.clone());
+        Ok(Self { log, delivery: store.clone(), directory: store.clone(), keys: store, view, pushes: None }.metered())
     }
 
     fn metered(self) -> Self {
@@ -96,6 +124,11 @@ impl Backends {
             delivery: Arc::new(Metered::new(self.delivery)),
             directory: Arc::new(Metered::new(self.directory)),
             keys: Arc::new(Metered::new(self.keys)),
+            view: View {
+                delivery: Arc::new(Metered::new(self.view.delivery)),
+                directory: Arc::new(Metered::new(self.view.directory)),
+                each: self.view.each,
+            },
             ..self
         }
     }
@@ -258,13 +291,15 @@ impl Broker {
             };
             let parts = WorkerParts {
                 log: Arc::clone(&backends.log),
-                delivery: Arc::clone(&backends.delivery),
-                directory: Arc::clone(&backends.directory),
+                delivery: Arc::clone(&backends.view.delivery),
+                directory: Arc::clone(&backends.view.directory),
                 keys: Arc::clone(&backends.keys),
                 bus,
                 clock: Arc::clone(&clock),
             };
-            let (thread, watching) = projecting::spawn(parts, pace(&config), metadata::keys(&config)?, projector_stops, failing.clone())?;
+            let keeping =
+                projecting::Keeping { pace: pace(&config), metadata: metadata::keys(&config)?, beside: backends.view.each.clone() };
+            let (thread, watching) = projecting::spawn(parts, keeping, projector_stops, failing.clone())?;
             if !config.is_cluster() {
                 projecting::wait_until_caught_up(watching.clone(), failed.clone()).await?;
             }

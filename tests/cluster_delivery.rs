@@ -2,14 +2,18 @@
 
 use anyhow::{Result, ensure};
 use sealpost::config::{Config, Role};
+use sealpost::log::kafka::describe_topics;
+use sealpost::server::{cql_options, kafka_options};
+use sealpost::store::cql::CqlStore;
 use sealpost::testing::cluster::TestCluster;
 use sealpost::testing::{Broker, RawDevice};
 use sealpost::wire::stream::{CloseReason, Envelope};
 
 struct Processes {
-    cluster: TestCluster,
     edges: Vec<Broker>,
     projectors: Vec<Broker>,
+    /// Goes last, with its topics and keyspaces.
+    cluster: TestCluster,
 }
 
 impl Processes {
@@ -73,6 +77,19 @@ async fn a_conversation_over_two_edges_and_two_projectors() -> Result<()> {
     accepted(&alice, &bob, 41).await?;
     let last = there.envelope().await?;
     assert_eq!(last.client_message_id, 41);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_test_leaves_neither_topics_nor_keyspaces() -> Result<()> {
+    let Some(cluster) = TestCluster::new("a_test_leaves_neither_topics_nor_keyspaces").await? else { return Ok(()) };
+    let (kafka, cql) = (kafka_options(&cluster.kafka), cql_options(&cluster.cql));
+    let here = async || anyhow::Ok((describe_topics(&kafka).await?.topics.len(), CqlStore::open(cql.clone()).await.is_ok()));
+    ensure!(here().await? == (5, true));
+    drop(cluster.clone());
+    ensure!(here().await? == (5, true), "somebody holds it");
+    drop(cluster);
+    ensure!(here().await? == (0, false));
     Ok(())
 }
 

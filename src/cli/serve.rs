@@ -104,7 +104,8 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     }
 }
 
-async fn stop_signal() -> std::io::Result<()> {
+/// Returns when the process is asked to end.
+pub async fn stop_signal() -> std::io::Result<()> {
     use tokio::signal::unix::{SignalKind, signal};
     let mut terminate = signal(SignalKind::terminate())?;
     tokio::select! {

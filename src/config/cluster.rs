@@ -135,6 +135,8 @@ pub struct Cql {
     pub keyspace: String,
     /// The keyspace of what can't be rebuilt from the log (one-time prekeys, at-rest keys, claims). Default: the same.
     pub state_keyspace: Option<String>,
+    /// A second keyspace that projectors keep like the first, while edges move from the one to the other (`sealpost rebuild`).
+    pub mirror_keyspace: Option<String>,
     /// User name, where the cluster asks for one.
     pub username: Option<String>,
     /// Its password; better given as `SEALPOST_CQL__PASSWORD` than written into a file.
@@ -146,7 +148,7 @@ pub struct Cql {
 impl Cql {
     /// On these hosts, with the defaults.
     pub fn on(hosts: String) -> Self {
-        Self { hosts, keyspace: keyspace(), state_keyspace: None, username: None, password: None, tls: None }
+        Self { hosts, keyspace: keyspace(), state_keyspace: None, mirror_keyspace: None, username: None, password: None, tls: None }
     }
 }
 
@@ -176,6 +178,11 @@ impl Config {
         Ok(kafka)
     }
 
+    /// Where both parts of a cluster are, checked by itself, whatever this process would serve.
+    pub fn validate_where(&self) -> Result<(), ConfigError> {
+        self.validate_cluster()
+    }
+
     pub(super) fn validate_cluster(&self) -> Result<(), ConfigError> {
         match (&self.kafka, &self.cql) {
             (None, None) if self.role == Role::All => return Ok(()),
@@ -193,13 +200,21 @@ impl Config {
         if cql.hosts.trim().is_empty() {
             return Err(invalid("cql.hosts", "is empty; give host:port, several with commas"));
         }
-        for (key, name) in [("cql.keyspace", Some(&cql.keyspace)), ("cql.state_keyspace", cql.state_keyspace.as_ref())] {
+        let names = [
+            ("cql.keyspace", Some(&cql.keyspace)),
+            ("cql.state_keyspace", cql.state_keyspace.as_ref()),
+            ("cql.mirror_keyspace", cql.mirror_keyspace.as_ref()),
+        ];
+        for (key, name) in names {
             let valid = |name: &String| {
                 (1..=48).contains(&name.len()) && name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_')
             };
             if name.is_some_and(|name| !valid(name)) {
                 return Err(invalid(key, "1 to 48 of a-z, 0-9 and `_`"));
             }
+        }
+        if cql.mirror_keyspace.as_ref() == Some(&cql.keyspace) {
+            return Err(invalid("cql.mirror_keyspace", "is the keyspace itself; name the one that was made by `sealpost rebuild --into`"));
         }
         if cql.username.is_some() != cql.password.is_some() {
             return Err(invalid("cql.username", "user name and password go together"));
@@ -226,6 +241,7 @@ mod tests {
             ("[kafka]\nbrokers = \"k\"\nprefix = \"a/b\"\n[cql]\nhosts = \"c\"", "kafka.prefix"),
             ("[kafka]\nbrokers = \"k\"\nsession_timeout_ms = 999\n[cql]\nhosts = \"c\"", "kafka.session_timeout_ms"),
             ("[kafka]\nbrokers = \"k\"\n[cql]\nhosts = \"c\"\nkeyspace = \"A\"", "cql.keyspace"),
+            ("[kafka]\nbrokers = \"k\"\n[cql]\nhosts = \"c\"\nmirror_keyspace = \"sealpost\"", "cql.mirror_keyspace"),
             ("[kafka]\nbrokers = \"k\"\n[cql]\nhosts = \"c\"\nusername = \"u\"", "cql.username"),
             (
                 "[kafka]\nbrokers = \"k\"\n[kafka.sasl]\nmechanism = \"PLAIN\"\nusername = \"u\"\npassword = \"p\"\n[cql]\nhosts = \"c\"",

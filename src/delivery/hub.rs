@@ -220,19 +220,30 @@ impl Hub {
     pub async fn drain(&self, within: Duration) {
         self.draining.store(true, Ordering::Relaxed);
         let handles: Vec<Arc<Handle>> = self.sessions.iter().flat_map(|shard| shard.lock().values().cloned().collect::<Vec<_>>()).collect();
-        let count = handles.len().max(1);
-        let slices = 20.min(count);
-        for chunk in handles.chunks(count.div_ceil(slices)) {
-            for handle in chunk {
-                handle.close(CloseReason::Draining);
-            }
-            tokio::time::sleep(within / (2 * slices as u32)).await;
+        // Evenly over half of the time: whoever takes them must not meet all of them at once.
+        let step = Duration::from_millis(limits::DRAIN_STEP_MS);
+        let steps = (within / 2).div_duration_f64(step).max(1.0);
+        let begun = tokio::time::Instant::now();
+        let (mut closed, count) = (0, handles.len());
+        while closed < count {
+            let passed = begun.elapsed().div_duration_f64(step) + 1.0;
+            let due = ((count as f64 * passed / steps).ceil() as usize).min(count);
+            handles[closed..due].iter().for_each(|handle| handle.close(CloseReason::Draining));
+            closed = due;
+            tokio::time::sleep(step).await;
         }
         drop(handles);
         let deadline = tokio::time::Instant::now() + within;
         while self.sessions.iter().any(|shard| !shard.lock().is_empty()) && tokio::time::Instant::now() < deadline {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
+    }
+
+    /// How long a client of a draining edge is told to wait: not all the same, for clients that add nothing of their own.
+    pub fn drain_retry_ms(&self) -> u32 {
+        let mut byte = [0; 1];
+        self.random.fill(&mut byte);
+        limits::DRAIN_RETRY_MS + limits::DRAIN_RETRY_MS * u32::from(byte[0]) / 256
     }
 
     /// How many streams are open.
@@ -314,8 +325,9 @@ impl Hub {
         }
     }
 
-    /// Pushes may have been lost on their way to this edge: every stream attaches anew.
+    /// Pushes may have been lost on their way to this edge: every stream attaches anew, and what is cached of accounts may have changed.
     pub fn cut_all(&self) {
+        self.directory.invalidate_all();
         for shard in &self.sessions {
             for handle in shard.lock().values() {
                 handle.cut();

@@ -44,7 +44,7 @@ pub struct Acceptor {
     clock: Arc<dyn Clock>,
     random: Arc<dyn Random>,
     rate: Keyed<DeviceAddr>,
-    /// The highest client message id of each pair that passed here or was applied before: decides what is too old.
+    /// The highest client message id of each pair that passed here or, as far as the store said, was applied before: decides what is too old.
     highest: Cache<MarkKey, Arc<AtomicU64>>,
     /// Recipients all of whose marks were read (those not in `highest` did not exist, or were evicted: then the projector refuses what
     /// is too old), and those who have too many for that.
@@ -120,7 +120,15 @@ impl Acceptor {
         let highest = match self.highest.get(&key) {
             Some(highest) => highest,
             None => {
-                let stored = self.stored_highest(key).await.map_err(store_failed)?;
+                // Nothing depends on it: it only lets an id that is too old be refused at once. Without it the projector, which has every
+                // mark, drops what it has seen, and tells the sender by a REJECTED receipt of what is too old to say. So acceptance waits
+                // for the log alone.
+                let asked = tokio::time::timeout(Duration::from_millis(limits::MARK_WAIT_MS), self.stored_highest(key));
+                let stored = match asked.await {
+                    Ok(Ok(stored)) => stored,
+                    Ok(Err(StoreError::Unavailable(_))) | Err(_) => 0,
+                    Ok(Err(error)) => return Err(store_failed(error)),
+                };
                 self.remember(key, stored)
             }
         };
@@ -249,9 +257,9 @@ pub fn append_failed(error: &AppendError) -> SendError {
     }
 }
 
-fn store_failed(error: crate::store::StoreError) -> SendError {
+fn store_failed(error: StoreError) -> SendError {
     match error {
-        crate::store::StoreError::Unavailable(_) => SendError::Unavailable { retry_after_ms: RETRY_AFTER_MS },
+        StoreError::Unavailable(_) => SendError::Unavailable { retry_after_ms: RETRY_AFTER_MS },
         _ => {
             tracing::error!(%error, "a recipient could not be looked up");
             SendError::Internal

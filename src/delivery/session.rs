@@ -367,7 +367,7 @@ impl Writer<'_> {
 
     fn close(&mut self, reason: CloseReason) -> Output {
         let retry_after_ms = match reason {
-            CloseReason::Draining => limits::DRAIN_RETRY_MS,
+            CloseReason::Draining => self.session.hub.drain_retry_ms(),
             CloseReason::Replaced | CloseReason::Revoked | CloseReason::ProtocolError => 0,
             _ => 1_000,
         };

@@ -195,6 +195,12 @@ impl Directory {
         self.cache.remove(&account);
     }
 
+    /// Forgets everything: what changed may have been missed.
+    pub fn invalidate_all(&self) {
+        self.invalidations.iter().for_each(|count| *count.lock() += 1);
+        self.cache.clear();
+    }
+
     fn stripe(&self, account: &AccountId) -> &Mutex<u64> {
         &self.invalidations[self.hasher.hash_one(account) as usize % STRIPES]
     }

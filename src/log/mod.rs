@@ -232,7 +232,7 @@ pub trait Consumer: Send {
     /// Waits for something to do. Cancel-safe: nothing is lost if the future is dropped.
     async fn next(&mut self) -> Result<Consumed, ReadError>;
 
-    /// Nothing of an owned partition is delivered until a seek. Asked for before the next call of [`Consumer::next`] after it was assigned.
+    /// Nothing of an owned partition is delivered until a seek.
     async fn hold(&mut self, of: TopicPartition) -> Result<(), ReadError>;
 
     /// The next record delivered of an owned partition is this one.
@@ -246,12 +246,15 @@ pub trait Consumer: Send {
     async fn committed(&self, of: TopicPartition) -> Result<Option<Offset>, ReadError>;
 }
 
-/// Reads partitions from where they end when it is asked, outside of any group.
+/// Reads partitions outside of any group: from where they end when it is asked, or from where it is told.
 #[async_trait]
 pub trait Follow: Send + Sync + 'static {
     /// A consumer of these partitions: it gives records only, and is never asked to seek or commit. [`ReadError::Gone`]: it was away for longer
     /// than records are kept; what comes from a new one has a hole before it.
     async fn follow(&self, of: &[TopicPartition]) -> Result<Box<dyn Consumer>, ReadError>;
+
+    /// The same from these positions on.
+    async fn follow_from(&self, from: &[(TopicPartition, Offset)]) -> Result<Box<dyn Consumer>, ReadError>;
 }
 
 struct OneShot(parking_lot::Mutex<Option<tokio::sync::oneshot::Sender<Result<Offset, AppendError>>>>);

@@ -9,4 +9,5 @@ mod model;
 pub mod push;
 pub mod push_topic;
 mod recording;
+pub mod shadow;
 pub mod worker;

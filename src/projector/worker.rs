@@ -150,6 +150,29 @@ pub struct Worker {
     quiet_before: HashMap<TopicPartition, Offset>,
     /// Topic `metadata`, if it is written.
     recording: Option<Recording>,
+    /// It makes a view that nobody looks at yet: whatever else follows from an event is the live projectors' to do.
+    shadow: bool,
+    /// Views that may be further than this one: what they hold was said already.
+    beside: Vec<Positions>,
+}
+
+/// Where the applied positions of a view are.
+#[derive(Clone)]
+pub struct Positions {
+    /// Those of `inbox`.
+    pub delivery: Arc<dyn DeliveryStore>,
+    /// Those of `directory`.
+    pub directory: Arc<dyn DirectoryStore>,
+}
+
+impl Positions {
+    /// The next record to apply.
+    pub async fn of(&self, tp: TopicPartition) -> Result<Offset, StoreError> {
+        match tp.topic {
+            Topic::Directory => self.directory.directory_position(tp.partition).await,
+            _ => self.delivery.position(tp.partition).await,
+        }
+    }
 }
 
 impl Worker {
@@ -173,6 +196,8 @@ impl Worker {
             progress,
             quiet_before: HashMap::new(),
             recording: None,
+            shadow: false,
+            beside: Vec::new(),
         };
         (worker, receiver)
     }
@@ -180,6 +205,18 @@ impl Worker {
     /// Appends nothing for records before these positions: a rebuild must not tell senders again what they were told.
     pub fn quiet_before(mut self, positions: HashMap<TopicPartition, Offset>) -> Self {
         self.quiet_before = positions;
+        self
+    }
+
+    /// Makes a view beside the live one: appends nothing, whatever happens.
+    pub const fn shadow(mut self) -> Self {
+        self.shadow = true;
+        self
+    }
+
+    /// Appends nothing for what one of these views holds when a partition is assigned.
+    pub fn beside(mut self, views: Vec<Positions>) -> Self {
+        self.beside = views;
         self
     }
 
@@ -191,7 +228,7 @@ impl Worker {
     }
 
     fn is_quiet(&self, tp: TopicPartition, record: &Record) -> bool {
-        self.quiet_before.get(&tp).is_some_and(|before| record.offset < *before)
+        self.shadow || self.quiet_before.get(&tp).is_some_and(|before| record.offset < *before)
     }
 
     /// Works until `stop` turns true, then flushes. Returns early only with an error.
@@ -278,7 +315,8 @@ impl Worker {
             }
         }
         metrics::observe_owned(self.owned.len());
-        let caught_up = !self.owned.is_empty() && self.owned.values().all(|owned| owned.next >= owned.end_at_start);
+        let waits = self.shadow && !self.waiting.is_empty();
+        let caught_up = !self.owned.is_empty() && !waits && self.owned.values().all(|owned| owned.next >= owned.end_at_start);
         if caught_up && self.projection.replaying {
             // Rows that were written early before a crash are counted from here on.
             self.flush_now(consumer).await?;
@@ -403,6 +441,8 @@ impl Worker {
     async fn step(&mut self, step: Step) -> Result<(), WorkerError> {
         match step {
             Step::SettleStored { device, after, to, kind } => self.settle_stored(device, after, to, kind).await,
+            // Nobody waits for it, and no stream reads this view.
+            Step::Attach { .. } if self.shadow => Ok(()),
             Step::Attach { device, edge, attach, at } => {
                 let mut write = DeliveryWrite::default();
                 self.projection.take_fresh(device, &mut write);
@@ -543,7 +583,7 @@ impl Worker {
             if self.projection.trim() {
                 self.behind.forgot();
             }
-            if self.trail.is_some() {
+            if self.trail.is_some() || self.moved {
                 self.window_ends = Some(Instant::now() + self.pace.window);
             }
         }
@@ -567,6 +607,8 @@ impl Worker {
         });
         let hurry = applied - trail.applied > limits::TRAIL_RECORDS || self.projection.marks() > limits::HOT_ENTRIES;
         let done = self.projection.take_marks(write, if hurry { usize::MAX } else { trail.slice });
+        // What was applied since it began is the next one's, also if nothing more comes.
+        self.moved = trail.applied < applied;
         self.trail.take_if(|_| done).map_or_else(Vec::new, |trail| trail.positions)
     }
 
@@ -585,6 +627,9 @@ impl Worker {
 
     /// Looks for envelopes past their time, and says so on the log: the view changes only by events.
     async fn expire(&self) -> Result<(), WorkerError> {
+        if self.shadow {
+            return Ok(());
+        }
         let before = crate::clock::UnixMillis(self.parts.clock.now().0.saturating_sub(limits::ENVELOPE_TTL_MS));
         let layout = self.parts.log.layout();
         let mut after = None;

@@ -5,8 +5,20 @@ use std::sync::Arc;
 use crate::config::{Config, Cql, Kafka, SaslMechanism};
 use crate::log::Follow;
 use crate::log::kafka as log;
-use crate::server::{Backends, ServerError};
+use crate::server::{Backends, ServerError, View};
 use crate::store::cql as store;
+
+impl From<log::KafkaOpenError> for ServerError {
+    fn from(error: log::KafkaOpenError) -> Self {
+        Self(error.to_string())
+    }
+}
+
+impl From<store::CqlOpenError> for ServerError {
+    fn from(error: store::CqlOpenError) -> Self {
+        Self(error.to_string())
+    }
+}
 
 /// How to reach Kafka, as configured.
 pub fn kafka_options(kafka: &Kafka) -> log::KafkaOptions {
@@ -38,13 +50,24 @@ pub fn cql_options(cql: &Cql) -> store::CqlOptions {
     options
 }
 
+/// The same for another view beside the configured one. The state stays where it is.
+pub(super) fn beside(cql: &Cql, keyspace: &str) -> store::CqlOptions {
+    store::CqlOptions { keyspace: keyspace.to_owned(), ..cql_options(cql) }
+}
+
 /// Opens both; what is missing or wrong is an error that says what to do.
 pub(super) async fn open(config: &Config) -> Result<Backends, ServerError> {
     let (Some(kafka), Some(cql)) = (&config.kafka, &config.cql) else {
         return Err(ServerError("the cluster profile needs both [kafka] and [cql]".to_owned()));
     };
-    let log = log::KafkaLog::open(kafka_options(kafka)).await.map_err(|error| ServerError(error.to_string()))?;
-    let store = store::CqlStore::open(cql_options(cql)).await.map_err(|error| ServerError(error.to_string()))?;
+    let log = log::KafkaLog::open(kafka_options(kafka)).await?;
+    let store = store::CqlStore::open(cql_options(cql)).await?;
     let pushes = Some(Arc::clone(&log) as Arc<dyn Follow>);
-    Ok(Backends { log, delivery: store.clone(), directory: store.clone(), keys: store, pushes })
+    let mut view = View::one(store.clone());
+    if let Some(keyspace) = cql.mirror_keyspace.as_deref().filter(|_| config.role.is_projector()) {
+        let other = store::CqlStore::open(beside(cql, keyspace)).await?;
+        tracing::info!(keyspace = %cql.keyspace, mirror = %keyspace, "two keyspaces are kept");
+        view = View::two([store.clone(), other], log.as_ref());
+    }
+    Ok(Backends { log, delivery: store.clone(), directory: store.clone(), keys: store, view, pushes })
 }

@@ -12,15 +12,23 @@ use crate::log::{EventLog, Topic, TopicPartition};
 use crate::metadata::Keys;
 use crate::metrics;
 use crate::projector::lag::Lag;
-use crate::projector::worker::{Pace, Parts as WorkerParts, Progress, Worker, WorkerError};
+use crate::projector::worker::{Pace, Parts as WorkerParts, Positions, Progress, Worker, WorkerError};
 use crate::server::ServerError;
 use crate::store::{DeliveryStore, DirectoryStore, StoreError};
+
+/// How a projector does its work.
+pub(super) struct Keeping {
+    pub pace: Pace,
+    /// Topic `metadata`, if it is written.
+    pub metadata: Option<Keys>,
+    /// The views that it keeps, if they are two.
+    pub beside: Vec<Positions>,
+}
 
 /// The projector has its own thread: it is the one place where all messages pass, and it must not wait behind sockets.
 pub(super) fn spawn(
     parts: WorkerParts,
-    pace: Pace,
-    metadata: Option<Keys>,
+    keeping: Keeping,
     stop: watch::Receiver<bool>,
     failing: watch::Sender<Option<ServerError>>,
 ) -> Result<(std::thread::JoinHandle<()>, watch::Receiver<Progress>), ServerError> {
@@ -28,8 +36,8 @@ pub(super) fn spawn(
     let runtime = tokio::runtime::Handle::current();
     let work = async move {
         while !*stop.borrow() {
-            let (worker, mut inner) = Worker::new(parts.clone(), pace);
-            let worker = worker.recording(metadata.as_ref());
+            let (worker, mut inner) = Worker::new(parts.clone(), keeping.pace);
+            let worker = worker.recording(keeping.metadata.as_ref()).beside(keeping.beside.clone());
             let forward = async {
                 while inner.changed().await.is_ok() {
                     outer.send_replace(*inner.borrow_and_update());

@@ -16,6 +16,7 @@ use crate::clock::UnixMillis;
 use crate::ids::{AccountId, AttachId, ClientMessageId, DeviceAddr, EdgeId, Identity, Offset, Partition, Seq};
 use crate::wire::event::{AccountRecord, ReceiptEntry, SignedKey};
 
+pub mod compare;
 #[cfg(any(test, feature = "test-util"))]
 pub mod conformance;
 #[cfg(feature = "cluster")]
@@ -23,6 +24,7 @@ pub mod cql;
 pub mod embedded;
 pub mod keyspace;
 pub mod metered;
+pub mod mirrored;
 pub mod seal;
 
 /// Why a store call failed.

@@ -2,30 +2,60 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
 use anyhow::Context as _;
 use parking_lot::Mutex;
 
 use crate::config::{Config, Cql, Kafka, Role};
 use crate::log::Topic;
-use crate::log::kafka::{NewKafkaTopic, create_topics};
+use crate::log::kafka::{NewKafkaTopic, create_topics, delete_topics};
 use crate::server::{cql_options, kafka_options};
-use crate::store::cql::{Replication, migrate};
+use crate::store::cql::{Replication, drop_keyspaces_of, migrate};
 
 /// Where the servers of a test are; set by `make test-cluster`.
 const KAFKA: &str = "SEALPOST_TEST_KAFKA";
 const CQL: &str = "SEALPOST_TEST_CQL";
+/// How long what a test made may take to go.
+const REMOVING: Duration = Duration::from_secs(30);
 /// `cluster`: the tests of the embedded profile run on the cluster profile.
 const PROFILE: &str = "SEALPOST_TEST_PROFILE";
 
-/// Topics and keyspaces of one test.
+/// Topics and keyspaces of one test, removed with the last copy of it. Declare it before the brokers that use it.
 #[derive(Debug, Clone)]
 pub struct TestCluster {
     /// The log.
     pub kafka: Kafka,
     /// The stores.
     pub cql: Cql,
+    made: Arc<Made>,
+}
+
+/// Removes what was made: a server with the leavings of many tests becomes slow.
+#[derive(Debug)]
+struct Made {
+    kafka: Kafka,
+    cql: Cql,
+}
+
+impl Drop for Made {
+    fn drop(&mut self) {
+        let (kafka, cql) = (kafka_options(&self.kafka), cql_options(&self.cql));
+        // A runtime of its own: the test's may be about to end, and can't wait here. What fails is left to whoever stops the servers.
+        let removing = std::thread::spawn(move || {
+            let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return };
+            runtime.block_on(async {
+                let removed = async { tokio::join!(drop_keyspaces_of(&cql), delete_topics(&kafka, &Topic::ON_CLUSTER)) };
+                match tokio::time::timeout(REMOVING, removed).await {
+                    Ok((Ok(()), Ok(()))) => {}
+                    other => eprintln!("topics and keyspaces of a test stay: {other:?}"),
+                }
+            });
+        });
+        let _ = removing.join();
+    }
 }
 
 impl TestCluster {
@@ -49,9 +79,10 @@ impl TestCluster {
             };
             NewKafkaTopic::new(topic, partitions, 1)
         });
+        let made = Arc::new(Made { kafka: kafka.clone(), cql: cql.clone() });
         create_topics(&kafka_options(&kafka), &topics).await?;
         migrate(&cql_options(&cql), &Replication::Simple(1)).await?;
-        Ok(Some(Self { kafka, cql }))
+        Ok(Some(Self { kafka, cql, made }))
     }
 
     /// Those of the broker that has this folder, if tests are to run on the cluster profile; the same again after a restart.
@@ -64,9 +95,20 @@ impl TestCluster {
         if known.is_some() {
             return Ok(known);
         }
+        // Those of tests that are over, whose folders are gone.
+        let over: Vec<_> = {
+            let mut known = KNOWN.lock();
+            known.extract_if(.., |folder, _| !folder.exists()).collect()
+        };
+        tokio::task::spawn_blocking(move || drop(over)).await?;
         let made = Self::new("the test").await?.with_context(|| format!("{PROFILE}=cluster needs {KAFKA} and {CQL}"))?;
         KNOWN.lock().insert(folder.to_owned(), made.clone());
         Ok(Some(made))
+    }
+
+    /// A second keyspace of the same test, removed with the first.
+    pub fn other_keyspace(&self) -> String {
+        format!("{}_new", self.made.cql.keyspace)
     }
 
     /// A process of it that plays this role.

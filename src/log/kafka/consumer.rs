@@ -448,7 +448,12 @@ impl Consumer for KafkaConsumer {
 
     async fn hold(&mut self, of: TopicPartition) -> Result<(), ReadError> {
         self.mine(of)?.held = true;
-        Ok(())
+        self.ready.forget(of);
+        if matches!(&self.told, Told::Assigned(partitions) if partitions.contains(&of)) {
+            // It is held from the moment that it is taken up.
+            return Ok(());
+        }
+        self.driver()?.pause(&self.names.list([(of, None)])).map_err(unavailable)
     }
 
     async fn seek(&mut self, to: TopicPartition, offset: Offset) -> Result<(), ReadError> {

@@ -74,6 +74,7 @@ impl std::fmt::Debug for KafkaLog {
 impl KafkaLog {
     /// Connects, and checks that the topics are there and have leaders. Never makes a topic. Needs a tokio runtime.
     pub async fn open(options: KafkaOptions) -> Result<Arc<Self>, KafkaOpenError> {
+        options.check_files()?;
         let producer = Producer::new(&options).map_err(|error| KafkaOpenError::Options(error.to_string()))?;
         let producer = Arc::new(producer);
         let for_thread = Arc::clone(&producer);
@@ -176,7 +177,8 @@ fn connect_error(producer: &Producer, options: &KafkaOptions, error: &KafkaError
         Some((RDKafkaErrorCode::Authentication | RDKafkaErrorCode::SaslAuthenticationFailed, reason)) => {
             KafkaOpenError::Authentication { brokers, reason }
         }
-        Some((RDKafkaErrorCode::SSL, reason)) => KafkaOpenError::Tls { brokers, reason },
+        // A certificate that is not taken comes as a failure of the transport, in OpenSSL's words.
+        Some((code, reason)) if code == RDKafkaErrorCode::SSL || reason.contains("SSL routines") => KafkaOpenError::Tls { brokers, reason },
         Some((_, reason)) => KafkaOpenError::Unreachable { brokers, reason },
         None => KafkaOpenError::Unreachable { brokers, reason: error.to_string() },
     }
@@ -189,7 +191,11 @@ impl Follow for KafkaLog {
         for &one in of {
             ends.push((one, self.bounds(one).await?.1));
         }
-        Ok(Box::new(KafkaConsumer::follow(&self.options, &self.names, &ends, self.closed.clone())?))
+        self.follow_from(&ends).await
+    }
+
+    async fn follow_from(&self, from: &[(TopicPartition, Offset)]) -> Result<Box<dyn Consumer>, ReadError> {
+        Ok(Box::new(KafkaConsumer::follow(&self.options, &self.names, from, self.closed.clone())?))
     }
 }
 

@@ -207,6 +207,15 @@ impl KafkaOptions {
         config
     }
 
+    /// That the files are there: the driver does not name the one that it can't read.
+    pub(super) fn check_files(&self) -> Result<(), KafkaOpenError> {
+        let files = self.tls.iter().flat_map(|tls| [&tls.ca_file, &tls.cert_file, &tls.key_file]).flatten();
+        for file in files {
+            std::fs::File::open(file).map_err(|error| KafkaOpenError::Options(format!("{}: {error}", file.display())))?;
+        }
+        Ok(())
+    }
+
     const fn security_protocol(&self) -> &'static str {
         match (&self.tls, &self.sasl) {
             (None, None) => "plaintext",

@@ -59,7 +59,7 @@ fn mark_bucket(key: &MarkKey) -> i8 {
     (key.sender.account.as_bytes()[15] % MARK_BUCKETS) as i8
 }
 
-fn parse_device(account: &[u8], device: i8) -> Result<DeviceAddr, StoreError> {
+pub(super) fn parse_device(account: &[u8], device: i8) -> Result<DeviceAddr, StoreError> {
     let account = AccountId::from_slice(account).map_err(|error| corrupt(&error))?;
     let device = u32::try_from(device).ok().and_then(|device| DeviceId::new(device).ok());
     Ok(DeviceAddr { account, device: device.ok_or_else(|| corrupt(&"a device's number is out of its range"))? })

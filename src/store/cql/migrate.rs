@@ -1,5 +1,7 @@
 //! `sealpost migrate`: keyspaces and tables, each change applied once.
 
+use std::collections::BTreeMap;
+
 use scylla::client::session::Session;
 use scylla::errors::ExecutionError;
 use scylla::statement::unprepared::Statement;
@@ -21,6 +23,9 @@ const MIGRATIONS: [Migration; 2] = [
     Migration { number: 1, name: "001_view.cql", text: include_str!("../../../schemas/cql/001_view.cql"), state: false },
     Migration { number: 2, name: "002_state.cql", text: include_str!("../../../schemas/cql/002_state.cql"), state: true },
 ];
+
+/// Under this number a view's keyspace says where its state is, if that is another one.
+const STATE: i32 = 0;
 
 /// How many copies a new keyspace keeps.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -76,23 +81,45 @@ pub struct Migrated {
 /// repeated, and a version is noted once.
 pub async fn migrate(options: &CqlOptions, replication: &Replication) -> Result<Vec<Migrated>, CqlOpenError> {
     let session = options.connect().await?;
+    migrate_by(&session, options, &replication.cql()).await
+}
+
+/// The same with as many copies as another keyspace of the cluster has.
+pub async fn migrate_like(options: &CqlOptions, other: &str) -> Result<Vec<Migrated>, CqlOpenError> {
+    let session = options.connect().await?;
+    let missing = |problem: String| CqlOpenError::Schema { keyspace: other.to_owned(), problem };
+    let ask = "SELECT replication FROM system_schema.keyspaces WHERE keyspace_name = ?";
+    let found = session.query_unpaged(ask, (other,)).await.map_err(|error| refused(&error))?;
+    let rows = found.into_rows_result().map_err(|error| CqlOpenError::Refused(error.to_string()))?;
+    let row = rows.maybe_first_row::<(BTreeMap<String, String>,)>().map_err(|error| CqlOpenError::Refused(error.to_string()))?;
+    let (replication,) = row.ok_or_else(|| missing("does not exist".to_owned()))?;
+    let settings: Vec<String> = replication.iter().map(|(name, value)| format!("'{name}': '{value}'")).collect();
+    migrate_by(&session, options, &format!("{{{}}}", settings.join(", "))).await
+}
+
+async fn migrate_by(session: &Session, options: &CqlOptions, replication: &str) -> Result<Vec<Migrated>, CqlOpenError> {
+    check_state(session, options).await?;
     for keyspace in [&options.keyspace, &options.state_keyspace] {
-        let make = format!("CREATE KEYSPACE IF NOT EXISTS {keyspace} WITH replication = {}", replication.cql());
-        run(&session, &make).await?;
-        run(&session, &format!("CREATE TABLE IF NOT EXISTS {keyspace}.schema_versions (version int PRIMARY KEY, name text)")).await?;
+        let make = format!("CREATE KEYSPACE IF NOT EXISTS {keyspace} WITH replication = {replication}");
+        run(session, &make).await?;
+        run(session, &format!("CREATE TABLE IF NOT EXISTS {keyspace}.schema_versions (version int PRIMARY KEY, name text)")).await?;
     }
     let mut done = Vec::new();
     for migration in &MIGRATIONS {
         let keyspace = if migration.state { &options.state_keyspace } else { &options.keyspace };
-        let there = versions(&session, keyspace).await.map_err(|error| refused(&error))?.contains(&migration.number);
+        let there = versions(session, keyspace).await.map_err(|error| refused(&error))?.contains(&migration.number);
         if !there {
             for statement in statements(migration.text) {
-                run(&session, &statement.replacen("EXISTS ", &format!("EXISTS {keyspace}."), 1)).await?;
+                run(session, &statement.replacen("EXISTS ", &format!("EXISTS {keyspace}."), 1)).await?;
             }
             let note = format!("INSERT INTO {keyspace}.schema_versions (version, name) VALUES (?, ?) IF NOT EXISTS");
             session.query_unpaged(note, (migration.number, migration.name)).await.map(drop).map_err(|error| refused(&error))?;
         }
         done.push(Migrated { name: migration.name, keyspace: keyspace.clone(), now: !there });
+    }
+    if options.state_keyspace != options.keyspace {
+        let note = format!("INSERT INTO {}.schema_versions (version, name) VALUES (?, ?) IF NOT EXISTS", options.keyspace);
+        session.query_unpaged(note, (STATE, &options.state_keyspace)).await.map(drop).map_err(|error| refused(&error))?;
     }
     Ok(done)
 }
@@ -107,8 +134,24 @@ pub async fn drop_keyspaces(options: &CqlOptions) -> Result<(), CqlOpenError> {
     Ok(())
 }
 
+/// The same for all whose names begin with the view's and an underscore, too.
+#[cfg(any(test, feature = "test-util"))]
+pub async fn drop_keyspaces_of(options: &CqlOptions) -> Result<(), CqlOpenError> {
+    let session = options.connect().await?;
+    let found = session.query_unpaged("SELECT keyspace_name FROM system_schema.keyspaces", ()).await.map_err(|error| refused(&error))?;
+    let rows = found.into_rows_result().map_err(|error| CqlOpenError::Refused(error.to_string()))?;
+    let names = rows.rows::<(String,)>().map_err(|error| CqlOpenError::Refused(error.to_string()))?;
+    for (name,) in names.flatten() {
+        if name == options.keyspace || name == options.state_keyspace || name.starts_with(&format!("{}_", options.keyspace)) {
+            run(&session, &format!("DROP KEYSPACE IF EXISTS {name}")).await?;
+        }
+    }
+    Ok(())
+}
+
 /// That both keyspaces are as this binary needs them.
 pub(super) async fn check(session: &Session, options: &CqlOptions) -> Result<(), CqlOpenError> {
+    check_state(session, options).await?;
     for migration in &MIGRATIONS {
         let keyspace = if migration.state { &options.state_keyspace } else { &options.keyspace };
         let problem = match versions(session, keyspace).await {
@@ -119,6 +162,21 @@ pub(super) async fn check(session: &Session, options: &CqlOptions) -> Result<(),
         return Err(CqlOpenError::Schema { keyspace: keyspace.clone(), problem });
     }
     Ok(())
+}
+
+/// A view whose state is elsewhere is never opened with another one: one-time prekeys and at-rest keys would seem to be gone.
+async fn check_state(session: &Session, options: &CqlOptions) -> Result<(), CqlOpenError> {
+    let ask = format!("SELECT name FROM {}.schema_versions WHERE version = ?", options.keyspace);
+    // What is not there yet says nothing.
+    let Ok(found) = session.query_unpaged(ask, (STATE,)).await else { return Ok(()) };
+    let rows = found.into_rows_result().map_err(|error| CqlOpenError::Refused(error.to_string()))?;
+    let noted = rows.maybe_first_row::<(String,)>().map_err(|error| CqlOpenError::Refused(error.to_string()))?;
+    match noted {
+        Some((state,)) if state != options.state_keyspace => {
+            Err(CqlOpenError::State { keyspace: options.keyspace.clone(), state, asked: options.state_keyspace.clone() })
+        }
+        _ => Ok(()),
+    }
 }
 
 async fn versions(session: &Session, keyspace: &str) -> Result<Vec<i32>, ExecutionError> {

@@ -32,12 +32,16 @@ mod directory;
 mod keys;
 mod migrate;
 mod options;
+mod scan;
 
-pub use migrate::{Migrated, Replication, migrate};
+pub use migrate::{Migrated, Replication, migrate, migrate_like};
 pub use options::{CqlOpenError, CqlOptions, CqlTls};
 
 #[cfg(any(test, feature = "test-util"))]
-pub use migrate::drop_keyspaces;
+pub use migrate::{drop_keyspaces, drop_keyspaces_of};
+
+/// Rows of a table that is read as a whole, at once.
+const PAGE_ROWS: i32 = 500;
 
 /// Locks that keep this process's callers from racing each other for one pool: a lightweight transaction that fails costs as much as one that
 /// succeeds.
@@ -76,6 +80,8 @@ macro_rules! statements {
                         let keyspace = statements!(@$place view state);
                         let mut statement = session.prepare($text.replace("@", keyspace)).await?;
                         statement.set_is_idempotent(statements!(@idempotent $place));
+                        // Only whole tables are read by pages.
+                        statement.set_page_size(PAGE_ROWS);
                         statement
                     }),*
                 })
@@ -120,6 +126,11 @@ statements! {
     keys_get view "SELECT keys FROM @device_keys WHERE account = ? AND device = ?",
     keys_put view "INSERT INTO @device_keys (account, device, keys) VALUES (?, ?, ?) USING TIMESTAMP ?",
     keys_drop view "DELETE FROM @device_keys USING TIMESTAMP ? WHERE account = ? AND device = ?",
+    inboxes_all view "SELECT account, device, state FROM @inboxes",
+    marks_all view "SELECT recipient, sender, mark FROM @marks",
+    accounts_all view "SELECT record FROM @accounts",
+    identities_all view "SELECT identity, account FROM @identities",
+    keys_all view "SELECT account, device, keys FROM @device_keys",
     pool_get state "SELECT left FROM @one_time_prekeys WHERE account = ? AND device = ? AND kind = ? LIMIT 1",
     pool_ids state "SELECT id FROM @one_time_prekeys WHERE account = ? AND device = ? AND kind = ?",
     pool_first state "SELECT left, id, prekey FROM @one_time_prekeys WHERE account = ? AND device = ? AND kind = ? LIMIT 1",

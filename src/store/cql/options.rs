@@ -9,7 +9,7 @@ use rustls::pki_types::pem::PemObject as _;
 use scylla::client::execution_profile::ExecutionProfile;
 use scylla::client::session::{Session, TlsContext};
 use scylla::client::session_builder::SessionBuilder;
-use scylla::errors::NewSessionError;
+use scylla::errors::{ConnectionError, ConnectionPoolError, ConnectionSetupRequestErrorKind, DbError, MetadataError, NewSessionError};
 use scylla::statement::{Consistency, SerialConsistency};
 use zeroize::Zeroizing;
 
@@ -43,15 +43,34 @@ pub struct CqlTls {
 /// Why a CQL store could not be opened, and what to do. There is never a fallback.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum CqlOpenError {
-    /// No host answered, or none takes this user. A retry can help.
+    /// No host answered. A retry can help.
     #[error(
-        "no CQL server takes us at {hosts} ({reason}); check the addresses, that the servers run and may be reached from here, and the user \
-         name, password and TLS settings"
+        "no CQL server answers at {hosts} ({reason}); check the addresses, that the servers run and may be reached from here, and whether \
+         they want TLS"
     )]
     Unreachable {
         /// Where.
         hosts: String,
         /// What the driver says.
+        reason: String,
+    },
+    /// A host answered, and TLS with it failed. A retry can't help.
+    #[error(
+        "TLS with the CQL servers at {hosts} failed ({reason}); check the authority's certificate file, and that each server's certificate \
+         names its IP address"
+    )]
+    Tls {
+        /// Where.
+        hosts: String,
+        /// What is wrong with the certificate or the connection.
+        reason: String,
+    },
+    /// The servers refuse who we say we are. A retry can't help.
+    #[error("the CQL servers at {hosts} refuse the credentials ({reason}); check user name and password")]
+    Authentication {
+        /// Where.
+        hosts: String,
+        /// What the servers say.
         reason: String,
     },
     /// A file can't be used. A retry can't help.
@@ -69,6 +88,18 @@ pub enum CqlOpenError {
         keyspace: String,
         /// What is wrong.
         problem: String,
+    },
+    /// The view was made beside a state that is in another keyspace than the configured one.
+    #[error(
+        "the state of the keyspace `{keyspace}` (prekeys, at-rest keys) is in `{state}`, not in `{asked}`: set cql.state_keyspace = \"{state}\""
+    )]
+    State {
+        /// The view.
+        keyspace: String,
+        /// Where its state is.
+        state: String,
+        /// What the configuration says.
+        asked: String,
     },
     /// The cluster refused a statement of ours.
     #[error("the CQL cluster refuses what it is asked: {0}")]
@@ -106,8 +137,36 @@ impl CqlOptions {
             Ok(Err(NewSessionError::FailedToResolveAnyHostname(names))) => {
                 Err(unreachable(format!("none of these names is known: {}", names.join(", "))))
             }
-            Ok(Err(error)) => Err(unreachable(error.to_string())),
+            Ok(Err(error)) => Err(self.refused(&error)),
             Err(_) => Err(unreachable(format!("nothing within {} s", patience.as_secs()))),
+        }
+    }
+}
+
+impl CqlOptions {
+    /// What a driver's failure to open means to whoever configured it.
+    fn refused(&self, error: &NewSessionError) -> CqlOpenError {
+        let (hosts, whole) = (self.hosts.clone(), error.to_string());
+        let NewSessionError::MetadataError(MetadataError::ConnectionPoolError(ConnectionPoolError::Broken { last_connection_error })) =
+            error
+        else {
+            return CqlOpenError::Unreachable { hosts, reason: whole };
+        };
+        match last_connection_error {
+            ConnectionError::IoError(error) => match error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
+                Some(tls) => CqlOpenError::Tls { hosts, reason: tls.to_string() },
+                None => CqlOpenError::Unreachable { hosts, reason: error.to_string() },
+            },
+            ConnectionError::ConnectionSetupRequestError(setup) => match &setup.error {
+                ConnectionSetupRequestErrorKind::DbError(DbError::AuthenticationError, reason) => {
+                    CqlOpenError::Authentication { hosts, reason: reason.clone() }
+                }
+                ConnectionSetupRequestErrorKind::MissingAuthentication => {
+                    CqlOpenError::Authentication { hosts, reason: "they want a user name and a password".to_owned() }
+                }
+                _ => CqlOpenError::Unreachable { hosts, reason: setup.to_string() },
+            },
+            other => CqlOpenError::Unreachable { hosts, reason: other.to_string() },
         }
     }
 }

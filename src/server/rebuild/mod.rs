@@ -1,24 +1,32 @@
-//! `sealpost rebuild`: the view made anew from the log.
+//! `sealpost rebuild`: the view made anew from the log. On the embedded profile in place, while the broker is stopped; on a cluster into
+//! a fresh keyspace (`fresh`), beside the live one, with which it is compared (`compare`).
 
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use async_trait::async_trait;
-use futures_util::future::BoxFuture;
-
 use crate::clock::SystemClock;
 use crate::config::Config;
-use crate::ids::{EdgeId, Offset, Partition};
-use crate::log::{AppendError, EventLog, Topic, TopicPartition};
-use crate::projector::push::{Push, PushBus};
+use crate::ids::{Offset, Partition};
+use crate::log::{EventLog, Topic, TopicPartition};
+use crate::projector::shadow::NoEdge;
 use crate::projector::worker::{Pace, Parts as WorkerParts, Worker};
 use crate::server::ServerError;
 use crate::server::embedded::{Opened, open};
 use crate::server::metadata;
 use crate::store::embedded::{EmbeddedStore, Options as StoreOptions};
 use crate::store::{DeliveryStore as _, DirectoryStore as _};
+
+#[cfg(feature = "cluster")]
+mod compare;
+#[cfg(feature = "cluster")]
+mod fresh;
+
+#[cfg(feature = "cluster")]
+pub use compare::{Comparison, Tally, compare};
+#[cfg(feature = "cluster")]
+pub use fresh::{Fresh, FreshProgress, compare_views};
 
 /// What a rebuild did.
 #[derive(Debug, Clone, Copy)]
@@ -29,26 +37,16 @@ pub struct Rebuilt {
     pub elapsed: Duration,
 }
 
-/// Pushes to nobody: during a rebuild no edge runs.
-struct NoEdge;
-
-#[async_trait]
-impl PushBus for NoEdge {
-    async fn push(&self, _: EdgeId, _: Vec<Push>) {}
-    async fn broadcast(&self, _: Vec<Push>) {}
-    fn settled(&self) -> BoxFuture<'static, Result<(), AppendError>> {
-        Box::pin(std::future::ready(Ok(())))
-    }
-}
-
 /// Drops the view and makes it anew from the log. The broker of this folder must be stopped.
 pub async fn rebuild(config: &Config, on_progress: impl Fn(u64)) -> Result<Rebuilt, ServerError> {
     let started = std::time::Instant::now();
+    if config.is_cluster() {
+        return Err(ServerError(
+            "a cluster's view is rebuilt into a fresh keyspace, which --into names; see docs/operations.md".to_owned(),
+        ));
+    }
     if !Path::new(&config.data).join("log").exists() {
         return Err(ServerError(format!("{} holds no log; name the broker's folder with --data", config.data.display())));
-    }
-    if config.is_cluster() {
-        return Err(ServerError("a cluster's view is rebuilt into a fresh keyspace; see docs/operations.md".to_owned()));
     }
     let quiet = applied_positions(config).await;
     let opening = config.clone();
