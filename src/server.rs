@@ -76,6 +76,8 @@ struct Backends {
     keys: Arc<dyn KeyStore>,
     /// Set where edges and projectors are processes of their own: pushes go over a topic then.
     pushes: Option<Arc<dyn Follow>>,
+    /// What looks after them while the process runs.
+    tasks: Vec<JoinHandle<()>>,
 }
 
 impl Backends {
@@ -88,7 +90,7 @@ impl Backends {
         let opening = Arc::clone(config);
         let opened = tokio::task::spawn_blocking(move || embedded::open(&opening, false, log)).await;
         let embedded::Opened { log, store } = opened.map_err(|error| ServerError(error.to_string()))??;
-        Ok(Self { log, delivery: store.clone(), directory: store.clone(), keys: store, pushes: None }.metered())
+        Ok(Self { log, delivery: store.clone(), directory: store.clone(), keys: store, pushes: None, tasks: Vec::new() }.metered())
     }
 
     fn metered(self) -> Self {
@@ -229,7 +231,7 @@ impl Broker {
         config.validate()?;
         let config = Arc::new(config);
         let exporter = metrics::install();
-        let backends = Backends::open(&config, log).await?;
+        let mut backends = Backends::open(&config, log).await?;
         let listener = Listener::bind(&config).await?;
         let address = listener.address();
         let url = format!("{}://{address}", listener.scheme());
@@ -239,6 +241,9 @@ impl Broker {
         let drain = CancellationToken::new();
         let mut tasks =
             vec![tokio::spawn(watch_log(Arc::clone(&backends.log), failing.clone())), tokio::spawn(metrics::upkeep(drain.clone()))];
+        tasks.append(&mut backends.tasks);
+        // Edges say it too, so that it is missed where no projector lives.
+        metrics::observe_to_own([Topic::Inbox, Topic::Directory].map(|topic| usize::from(backends.log.partitions(topic))).iter().sum());
 
         let edge = if config.role.is_edge() { Some(Edge::new(&config, &backends, Arc::clone(&clock)).await?) } else { None };
         let hub = edge.as_ref().map(|edge| Arc::clone(&edge.hub));

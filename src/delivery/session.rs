@@ -12,7 +12,7 @@ use bytes::Bytes;
 use prost::Message as _;
 
 use crate::auth::KnownDevice;
-use crate::clock::Clock;
+use crate::clock::{Clock, UnixMillis};
 use crate::delivery::frames::Batch;
 use crate::delivery::hub::Hub;
 use crate::delivery::outbox::{FeedItem, First, Flow, Handle, NeverSent};
@@ -65,6 +65,7 @@ impl Session {
             last: Seq::ZERO,
             batch: Batch::default(),
             items: 0,
+            accepted: None,
         };
         (reader, writer)
     }
@@ -165,6 +166,8 @@ pub struct Writer<'a> {
     batch: Batch,
     /// Items in the batch.
     items: u64,
+    /// When its first live envelope was accepted.
+    accepted: Option<UnixMillis>,
 }
 
 impl Writer<'_> {
@@ -215,6 +218,9 @@ impl Writer<'_> {
             if !self.batch.is_empty() {
                 handle.sent(self.last);
                 metrics::observe_pushed(std::mem::take(&mut self.items));
+                if let Some(accepted) = self.accepted.take() {
+                    metrics::observe_live(Duration::from_millis(self.clock.now().0.saturating_sub(accepted.0)));
+                }
                 return Output::Frames(self.batch.take());
             }
             if !self.can_go_on() {
@@ -343,6 +349,9 @@ impl Writer<'_> {
                 let ephemeral = envelope.flags & flags::EPHEMERAL != 0;
                 if item.seq <= self.last && !ephemeral {
                     return;
+                }
+                if self.phase == Phase::Live {
+                    self.accepted.get_or_insert(envelope.accepted);
                 }
                 let sealer = self.view.as_ref().and_then(|view| view.sealer());
                 let opened =

@@ -1,10 +1,13 @@
 //! Log and stores of the cluster profile.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::config::{Config, Cql, Kafka, SaslMechanism};
+use crate::limits;
 use crate::log::Follow;
 use crate::log::kafka as log;
+use crate::metrics;
 use crate::server::{Backends, ServerError};
 use crate::store::cql as store;
 
@@ -12,7 +15,7 @@ use crate::store::cql as store;
 pub fn kafka_options(kafka: &Kafka) -> log::KafkaOptions {
     let mut options = log::KafkaOptions::new(kafka.brokers.clone());
     options.prefix.clone_from(&kafka.prefix);
-    options.session_timeout = std::time::Duration::from_millis(kafka.session_timeout_ms);
+    options.session_timeout = Duration::from_millis(kafka.session_timeout_ms);
     options.tls =
         kafka.tls.as_ref().map(|tls| log::KafkaTls { ca_file: tls.ca.clone(), cert_file: tls.cert.clone(), key_file: tls.key.clone() });
     options.sasl = kafka.sasl.as_ref().map(|sasl| log::KafkaSasl {
@@ -46,5 +49,19 @@ pub(super) async fn open(config: &Config) -> Result<Backends, ServerError> {
     let log = log::KafkaLog::open(kafka_options(kafka)).await.map_err(|error| ServerError(error.to_string()))?;
     let store = store::CqlStore::open(cql_options(cql)).await.map_err(|error| ServerError(error.to_string()))?;
     let pushes = Some(Arc::clone(&log) as Arc<dyn Follow>);
-    Ok(Backends { log, delivery: store.clone(), directory: store.clone(), keys: store, pushes })
+    let tasks = vec![tokio::spawn(measure_replicas(Arc::clone(&log)))];
+    Ok(Backends { log, delivery: store.clone(), directory: store.clone(), keys: store, pushes, tasks })
+}
+
+/// What copies and leaders are missing, for metrics: every process says it, so that it is known while one lives.
+async fn measure_replicas(log: Arc<log::KafkaLog>) {
+    let mut every = tokio::time::interval(Duration::from_millis(limits::CLUSTER_LAG_LOOK_MS));
+    every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        every.tick().await;
+        // What can't be looked at leaves the last figures as they are.
+        if let Ok(log::Replicas { under_replicated, leaderless }) = log.replicas().await {
+            metrics::observe_replicas(under_replicated, leaderless);
+        }
+    }
 }
