@@ -40,6 +40,7 @@ use crate::projector::worker::{Pace, Parts as WorkerParts, Progress, WorkerError
 use crate::store::embedded::OpenError as StoreOpenError;
 use crate::store::metered::Metered;
 use crate::store::{DeliveryStore, DirectoryStore, KeyStore, StoreError};
+use crate::traces::{self, TraceError};
 
 #[cfg(feature = "cluster")]
 mod cluster;
@@ -66,7 +67,18 @@ macro_rules! from_errors {
         }
     )*};
 }
-from_errors!(ConfigError, LogOpenError, StoreOpenError, ServeError, DevError, JwksError, WorkerError, StoreError, std::io::Error);
+from_errors!(
+    ConfigError,
+    LogOpenError,
+    StoreOpenError,
+    ServeError,
+    DevError,
+    JwksError,
+    WorkerError,
+    StoreError,
+    TraceError,
+    std::io::Error
+);
 
 /// Log and stores, of whichever profile.
 struct Backends {
@@ -231,6 +243,7 @@ impl Broker {
         config.validate()?;
         let config = Arc::new(config);
         let exporter = metrics::install();
+        traces::install(&config.tracing, config.role)?;
         let mut backends = Backends::open(&config, log).await?;
         let listener = Listener::bind(&config).await?;
         let address = listener.address();
@@ -353,6 +366,7 @@ impl Broker {
             let _ = task.await;
         }
         self.log.close().await;
+        traces::flush().await;
     }
 }
 

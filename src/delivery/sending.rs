@@ -7,20 +7,21 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 use quick_cache::sync::Cache;
 
 use crate::auth::KnownDevice;
 use crate::clock::{Clock, Random};
 use crate::delivery::api::{OutgoingEnvelope, SendError, SendRequest, Sending};
 use crate::directory::{AccountView, Directory};
-use crate::ids::{AccountId, DeviceAddr, DeviceId, Partition};
+use crate::ids::{AccountId, DeviceAddr, DeviceId, Offset, Partition};
 use crate::limits;
 use crate::log::{AppendError, AppendSink, EventLog, Topic, TopicPartition};
 use crate::metrics;
 use crate::rate::Keyed;
 use crate::store::seal::{self, Sealer};
 use crate::store::{DeliveryStore, MarkKey};
+use crate::traces::{self, Span, Step};
 use crate::wire::event::{self, EnvelopesAccepted, flags};
 use crate::wire::stream::{Code, EnvelopeType};
 
@@ -129,8 +130,20 @@ impl Acceptor {
         Ok((view, highest))
     }
 
-    /// Every check, then the sealed event.
-    pub fn check(&self, known: KnownDevice, request: &SendRequest, view: &AccountView, highest: &AtomicU64) -> Result<Checked, SendError> {
+    /// A message begins; none, unless it is traced.
+    pub fn trace(&self) -> Option<Box<Span>> {
+        traces::accept(self.random.as_ref())
+    }
+
+    /// Every check, then the sealed event, which carries the trace if there is one.
+    pub fn check(
+        &self,
+        known: KnownDevice,
+        request: &SendRequest,
+        view: &AccountView,
+        highest: &AtomicU64,
+        trace: Option<&Span>,
+    ) -> Result<Checked, SendError> {
         let sender = known.addr;
         if self.behind.load(Ordering::Relaxed) {
             return Err(SendError::Unavailable { retry_after_ms: RETRY_AFTER_MS });
@@ -157,10 +170,10 @@ impl Acceptor {
             return Err(SendError::StaleMessageId);
         }
         let partition = Partition::of(&request.recipient, self.log.partitions(Topic::Inbox));
-        Ok(Checked { to: TopicPartition { topic: Topic::Inbox, partition }, payload: self.event(sender, request, sealer) })
+        Ok(Checked { to: TopicPartition { topic: Topic::Inbox, partition }, payload: self.event(sender, request, sealer, trace) })
     }
 
-    fn event(&self, sender: DeviceAddr, request: &SendRequest, sealer: &Sealer) -> Bytes {
+    fn event(&self, sender: DeviceAddr, request: &SendRequest, sealer: &Sealer, trace: Option<&Span>) -> Bytes {
         let bit = |on: bool, bit: u8| if on { bit } else { 0 };
         let head = EnvelopesAccepted {
             recipient: request.recipient,
@@ -171,6 +184,7 @@ impl Acceptor {
             envelopes: Vec::new(),
         };
         event::encode_accepted(
+            trace.map(Span::context).as_ref(),
             &head,
             &request.envelopes,
             |envelope| envelope.content.len() + seal::OVERHEAD,
@@ -184,26 +198,65 @@ impl Acceptor {
     }
 
     /// Hands a checked send to the log; its outcome goes to the sink.
-    pub fn submit(&self, checked: Checked, sink: &Arc<dyn AppendSink>, token: u64) -> Result<(), SendError> {
+    pub fn submit(&self, checked: Checked, sink: &Arc<dyn AppendSink>, token: u64, trace: Option<Box<Span>>) -> Result<(), SendError> {
+        let traced = trace.map(|accept| -> Arc<dyn AppendSink> {
+            let append = traces::follow(Step::Append, &accept.context());
+            Arc::new(TracedSink { sink: Arc::clone(sink), steps: Mutex::new((Some(accept), append)) })
+        });
+        let sink = traced.as_ref().unwrap_or(sink);
         self.log.submit(checked.to, checked.payload, sink, token).map_err(|error| append_failed(&error))
+    }
+}
+
+/// Ends the steps of one traced message when its outcome is known.
+struct TracedSink {
+    sink: Arc<dyn AppendSink>,
+    steps: Mutex<(Option<Box<Span>>, Option<Box<Span>>)>,
+}
+
+impl AppendSink for TracedSink {
+    fn done(&self, token: u64, outcome: Result<Offset, AppendError>) {
+        let code = outcome.as_ref().map_or_else(|error| append_failed(error).code(), |_| Code::Ok);
+        self.sink.done(token, outcome);
+        let (accept, append) = std::mem::take(&mut *self.steps.lock());
+        for step in [append, accept].into_iter().flatten() {
+            step.end_with(code);
+        }
+    }
+
+    fn flush(&self) {
+        self.sink.flush();
     }
 }
 
 #[async_trait]
 impl Sending for Acceptor {
     async fn send(&self, sender: KnownDevice, request: SendRequest) -> Result<(), SendError> {
+        let trace = self.trace();
         let accepted = async {
             let (view, highest) = match self.cached(sender.addr, &request) {
                 Some(cached) => cached,
                 None => self.load(sender.addr, &request).await?,
             };
-            let checked = self.check(sender, &request, &view, &highest)?;
-            self.log.append(checked.to, checked.payload).await.map(|_| ()).map_err(|error| append_failed(&error))
+            let checked = self.check(sender, &request, &view, &highest, trace.as_deref())?;
+            let append = trace.as_ref().and_then(|accept| traces::follow(Step::Append, &accept.context()));
+            let outcome = self.log.append(checked.to, checked.payload).await.map(|_| ()).map_err(|error| append_failed(&error));
+            if let Some(append) = append {
+                append.end_with(code(&outcome));
+            }
+            outcome
         };
         let outcome = accepted.await;
-        metrics::observe_sends(outcome.as_ref().map_or_else(SendError::code, |()| Code::Ok), 1);
+        metrics::observe_sends(code(&outcome), 1);
+        if let Some(trace) = trace {
+            trace.end_with(code(&outcome));
+        }
         outcome
     }
+}
+
+fn code(outcome: &Result<(), SendError>) -> Code {
+    outcome.as_ref().map_or_else(SendError::code, |()| Code::Ok)
 }
 
 /// What a failed append means to the sender.

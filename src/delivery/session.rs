@@ -23,6 +23,7 @@ use crate::limits;
 use crate::log::AppendSink;
 use crate::metrics;
 use crate::store::{InboxState, PendingBody, PendingItem};
+use crate::traces::Span;
 use crate::wire::event::flags;
 use crate::wire::stream::{self, ClientBatch, CloseReason, Code, GapReason, client_frame, server_frame::Frame};
 
@@ -66,6 +67,7 @@ impl Session {
             batch: Batch::default(),
             items: 0,
             accepted: None,
+            traced: Vec::new(),
         };
         (reader, writer)
     }
@@ -111,13 +113,17 @@ impl Reader<'_> {
         let handle = &self.session.handle;
         handle.enter().await;
         let request_id = send.request_id;
-        if let Err(error) = self.try_send(send).await {
+        let mut trace = self.session.hub.acceptor.trace();
+        if let Err(error) = self.try_send(send, &mut trace).await {
+            if let Some(trace) = trace {
+                trace.end_with(error.code());
+            }
             metrics::observe_sends(error.code(), 1);
             handle.refuse(request_id, &error);
         }
     }
 
-    async fn try_send(&mut self, send: stream::Send) -> Result<(), crate::delivery::api::SendError> {
+    async fn try_send(&mut self, send: stream::Send, trace: &mut Option<Box<Span>>) -> Result<(), crate::delivery::api::SendError> {
         let Session { hub, handle } = self.session;
         let request_id = send.request_id;
         let request = sending::parse(send)?;
@@ -125,8 +131,8 @@ impl Reader<'_> {
             Some(cached) => cached,
             None => hub.acceptor.load(handle.device, &request).await?,
         };
-        let checked = hub.acceptor.check(handle.known(), &request, &view, &highest)?;
-        hub.acceptor.submit(checked, &self.sink, request_id)
+        let checked = hub.acceptor.check(handle.known(), &request, &view, &highest, trace.as_deref())?;
+        hub.acceptor.submit(checked, &self.sink, request_id, trace.take())
     }
 }
 
@@ -168,11 +174,15 @@ pub struct Writer<'a> {
     items: u64,
     /// When its first live envelope was accepted.
     accepted: Option<UnixMillis>,
+    /// The traced ones of what is being written.
+    traced: Vec<Box<Span>>,
 }
 
 impl Writer<'_> {
     /// Waits for the next thing to write. Not cancel-safe: what it took out of the queue is lost with the future.
     pub async fn next(&mut self) -> Output {
+        // The transport comes back once it has written.
+        self.traced.drain(..).for_each(Span::end);
         if self.phase == Phase::New
             && let Err(reason) = self.first().await
         {
@@ -299,7 +309,7 @@ impl Writer<'_> {
         }
         if self.phase == Phase::Live {
             while self.batch.len() < limits::SERVER_FRAME_TARGET_BYTES && !self.flow.is_stalled() {
-                let Some(FeedItem { after, item }) = self.local.pop_front() else { break };
+                let Some(FeedItem { after, item, trace }) = self.local.pop_front() else { break };
                 if after > self.last {
                     // The one before it never came. What is queued lies behind the hole as well.
                     self.local.clear();
@@ -307,6 +317,7 @@ impl Writer<'_> {
                     break;
                 }
                 self.item(&item);
+                self.traced.extend(trace);
             }
             if self.local.is_empty() && self.local.capacity() > 64 {
                 self.local = VecDeque::new();
@@ -325,7 +336,7 @@ impl Writer<'_> {
                     CloseReason::ServerFault
                 })?
                 .into_iter()
-                .map(|item| FeedItem { after: Seq::ZERO, item })
+                .map(|item| FeedItem { after: Seq::ZERO, item, trace: None })
                 .collect();
             if self.local.is_empty() {
                 self.last = self.last.max(to);
