@@ -42,13 +42,13 @@ unit: tools
 
 # Compiled first, so that the servers do not wait; brought down whatever happens.
 test-cluster: tools
-	$(CARGO) test --all-features --test 'cluster_*' --test delivery --test client_e2e --test client_repair --no-run
+	$(CARGO) test --all-features --test 'cluster_*' --test delivery --test client_e2e --test client_repair --test dashboards --test tracing --no-run
 	@dir=$$(mktemp -d "$${TMPDIR:-/tmp}/sealpost-cluster.XXXXXX"); \
 	trap 'topology/local down --dir "$$dir" && rm -rf "$$dir"' EXIT; trap 'exit 130' INT TERM; \
 	topology/local up --dir "$$dir" --brokers $(BROKERS) --only kafka,cassandra && \
 	servers=$$(topology/local env --dir "$$dir") && \
 	env $$servers $(CARGO) test --all-features --test 'cluster_*' -- --test-threads=1 --nocapture && \
-	env $$servers SEALPOST_TEST_PROFILE=cluster $(CARGO) test --all-features --test delivery --test client_e2e --test client_repair -- --test-threads=2
+	env $$servers SEALPOST_TEST_PROFILE=cluster $(CARGO) test --all-features --test delivery --test client_e2e --test client_repair --test dashboards --test tracing -- --test-threads=2
 
 # By the real parser. `COMPOSE` may name one that is not on the path.
 compose-check:

@@ -144,7 +144,7 @@ async fn every_figure_of_dashboards_and_alerts_exists() {
 
     let value = |name: &str| metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse::<f64>().ok());
     let (owned, wanted) = (value("sealpost_projector_owned_partitions"), value("sealpost_projector_partitions"));
-    assert_eq!((owned, wanted), (Some(32.0), Some(32.0)), "every partition has an owner");
+    assert!(owned == wanted && owned > Some(0.0), "every partition has an owner: {owned:?} of {wanted:?}");
     assert!(value("sealpost_disk_free_bytes") > Some(0.0) && value("sealpost_disk_free_bytes") < value("sealpost_disk_total_bytes"));
     assert_eq!(value("sealpost_log_under_replicated_partitions"), Some(0.0));
     broker.stop().await;
