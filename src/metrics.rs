@@ -282,7 +282,7 @@ fn describe() {
     describe_gauge!("sealpost_log_under_replicated_partitions", "Partitions of which a Kafka broker misses a copy or is behind with it");
     describe_gauge!("sealpost_log_leaderless_partitions", "Partitions that no Kafka broker leads: nothing is appended to them");
     describe_gauge!("sealpost_disk_free_bytes", "What is left on the disk of the data folder for this process");
-    describe_gauge!("sealpost_disk_total_bytes", "The size of the disk of the data folder");
+    describe_gauge!("sealpost_disk_total_bytes", "The size of the disk of the data folder, without what is reserved for the system");
     describe_histogram!(
         "sealpost_delivery_live_seconds",
         "From a message being accepted to its being written to its recipient's open stream, the first of each write; by the two machines' clocks"
@@ -383,9 +383,10 @@ pub fn observe_process() {
 /// Looks at the disk of the data folder; before metrics are rendered. Blocks for a moment. A folder that is not there says nothing.
 pub fn observe_disk(folder: &Path) {
     if let (Some(h), Ok(disk)) = (HANDLES.get(), rustix::fs::statvfs(folder)) {
-        // What is reserved for the system's administrator is not ours.
+        // What is reserved for the system's administrator is not ours: neither free nor a part of the whole, as in `df`.
+        let usable = disk.f_blocks.saturating_sub(disk.f_bfree) + disk.f_bavail;
         h.disk_free.set(disk.f_bavail as f64 * disk.f_frsize as f64);
-        h.disk_total.set(disk.f_blocks as f64 * disk.f_frsize as f64);
+        h.disk_total.set(usable as f64 * disk.f_frsize as f64);
     }
 }
 

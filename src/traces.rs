@@ -125,40 +125,43 @@ pub async fn flush() {
     }
 }
 
-/// A step under way; boxed, so that who has none carries a word only. Dropped without [`Span::end`] it was given up, and says so.
+/// A step under way; in a box, so that who has none carries a word only. Dropped without [`Span::end`] it was given up, and says so.
 #[derive(Debug)]
-pub struct Span {
+pub struct Span(Box<Inner>);
+
+#[derive(Debug)]
+struct Inner {
     span: opentelemetry_sdk::trace::Span,
     ended: bool,
 }
 
 impl Span {
-    fn begin(traces: &Traces, step: Step, parent: &Context) -> Box<Self> {
+    fn begin(traces: &Traces, step: Step, parent: &Context) -> Self {
         let span = traces.tracer.span_builder(step.name()).with_kind(step.kind()).start_with_context(&traces.tracer, parent);
-        Box::new(Self { span, ended: false })
+        Self(Box::new(Inner { span, ended: false }))
     }
 
     /// What follows from it carries this.
     pub fn context(&self) -> TraceContext {
-        let context = self.span.span_context();
+        let context = self.0.span.span_context();
         TraceContext { trace: context.trace_id().to_bytes(), span: context.span_id().to_bytes() }
     }
 
     /// It is done.
-    pub fn end(mut self: Box<Self>) {
-        self.ended = true;
+    pub fn end(mut self) {
+        self.0.ended = true;
     }
 
     /// It is done, and came to this.
-    pub fn end_with(mut self: Box<Self>, code: Code) {
+    pub fn end_with(mut self, code: Code) {
         if code != Code::Ok {
-            self.span.set_status(Status::error(code.as_str_name()));
+            self.0.span.set_status(Status::error(code.as_str_name()));
         }
-        self.ended = true;
+        self.0.ended = true;
     }
 }
 
-impl Drop for Span {
+impl Drop for Inner {
     fn drop(&mut self) {
         if !self.ended {
             self.span.set_status(Status::error("given up"));
@@ -167,7 +170,7 @@ impl Drop for Span {
 }
 
 /// A message begins: none, unless traces are on and it is chosen.
-pub fn accept(random: &dyn Random) -> Option<Box<Span>> {
+pub fn accept(random: &dyn Random) -> Option<Span> {
     let traces = TRACES.get()?;
     let mut chance = [0; 8];
     random.fill(&mut chance);
@@ -175,7 +178,7 @@ pub fn accept(random: &dyn Random) -> Option<Box<Span>> {
 }
 
 /// The next step of a message that carries a context; none, if traces are off in this process: then the trace ends here.
-pub fn follow(step: Step, from: &TraceContext) -> Option<Box<Span>> {
+pub fn follow(step: Step, from: &TraceContext) -> Option<Span> {
     let traces = TRACES.get()?;
     let parent =
         SpanContext::new(TraceId::from_bytes(from.trace), SpanId::from_bytes(from.span), TraceFlags::SAMPLED, true, TraceState::default());
@@ -253,6 +256,20 @@ mod tests {
         install(&Tracing::default(), Role::All).expect("nothing to do");
         assert!(accept(&SeededRandom::new(1)).is_none());
         assert!(follow(Step::Apply, &TraceContext { trace: [1; 16], span: [2; 8] }).is_none());
-        assert_eq!(std::mem::size_of::<Option<Box<Span>>>(), 8, "a queue's item grows by a word");
+        assert_eq!(std::mem::size_of::<Option<Span>>(), 8, "a queue's item grows by a word");
+    }
+
+    #[tokio::test]
+    async fn a_collector_that_is_away_is_an_error_and_is_complained_of_once() {
+        let nobody = std::net::TcpListener::bind("127.0.0.1:0").expect("a port").local_addr().expect("an address");
+        let client = Client::new().expect("a client");
+        let mut complained = None;
+        for _ in 0..3 {
+            let request = Request::builder().uri(format!("http://{nobody}/v1/traces")).body(Bytes::new()).expect("a request");
+            let error = client.send_bytes(request).await.expect_err("nobody is there");
+            assert!(!error.to_string().contains("127.0.0.1"), "addresses stay out of the log: {error}");
+            let at = client.complained.load(Ordering::Relaxed);
+            assert!(at > 0 && *complained.get_or_insert(at) == at, "said once");
+        }
     }
 }

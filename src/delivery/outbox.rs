@@ -49,7 +49,7 @@ pub struct FeedItem {
     /// The item.
     pub item: PendingItem,
     /// Its way to the socket, if it is traced.
-    pub trace: Option<Box<Span>>,
+    pub trace: Option<Span>,
 }
 
 #[derive(Debug, Default)]

@@ -131,7 +131,7 @@ impl Acceptor {
     }
 
     /// A message begins; none, unless it is traced.
-    pub fn trace(&self) -> Option<Box<Span>> {
+    pub fn trace(&self) -> Option<Span> {
         traces::accept(self.random.as_ref())
     }
 
@@ -198,10 +198,11 @@ impl Acceptor {
     }
 
     /// Hands a checked send to the log; its outcome goes to the sink.
-    pub fn submit(&self, checked: Checked, sink: &Arc<dyn AppendSink>, token: u64, trace: Option<Box<Span>>) -> Result<(), SendError> {
+    pub fn submit(&self, checked: Checked, sink: &Arc<dyn AppendSink>, token: u64, trace: Option<Span>) -> Result<(), SendError> {
         let traced = trace.map(|accept| -> Arc<dyn AppendSink> {
             let append = traces::follow(Step::Append, &accept.context());
-            Arc::new(TracedSink { sink: Arc::clone(sink), steps: Mutex::new((Some(accept), append)) })
+            let steps = append.into_iter().chain([accept]).collect();
+            Arc::new(TracedSink { sink: Arc::clone(sink), steps: Mutex::new(steps) })
         });
         let sink = traced.as_ref().unwrap_or(sink);
         self.log.submit(checked.to, checked.payload, sink, token).map_err(|error| append_failed(&error))
@@ -211,17 +212,14 @@ impl Acceptor {
 /// Ends the steps of one traced message when its outcome is known.
 struct TracedSink {
     sink: Arc<dyn AppendSink>,
-    steps: Mutex<(Option<Box<Span>>, Option<Box<Span>>)>,
+    steps: Mutex<Vec<Span>>,
 }
 
 impl AppendSink for TracedSink {
     fn done(&self, token: u64, outcome: Result<Offset, AppendError>) {
         let code = outcome.as_ref().map_or_else(|error| append_failed(error).code(), |_| Code::Ok);
         self.sink.done(token, outcome);
-        let (accept, append) = std::mem::take(&mut *self.steps.lock());
-        for step in [append, accept].into_iter().flatten() {
-            step.end_with(code);
-        }
+        self.steps.lock().drain(..).for_each(|step| step.end_with(code));
     }
 
     fn flush(&self) {
@@ -238,7 +236,7 @@ impl Sending for Acceptor {
                 Some(cached) => cached,
                 None => self.load(sender.addr, &request).await?,
             };
-            let checked = self.check(sender, &request, &view, &highest, trace.as_deref())?;
+            let checked = self.check(sender, &request, &view, &highest, trace.as_ref())?;
             let append = trace.as_ref().and_then(|accept| traces::follow(Step::Append, &accept.context()));
             let outcome = self.log.append(checked.to, checked.payload).await.map(|_| ()).map_err(|error| append_failed(&error));
             if let Some(append) = append {

@@ -123,7 +123,7 @@ impl Reader<'_> {
         }
     }
 
-    async fn try_send(&mut self, send: stream::Send, trace: &mut Option<Box<Span>>) -> Result<(), crate::delivery::api::SendError> {
+    async fn try_send(&mut self, send: stream::Send, trace: &mut Option<Span>) -> Result<(), crate::delivery::api::SendError> {
         let Session { hub, handle } = self.session;
         let request_id = send.request_id;
         let request = sending::parse(send)?;
@@ -131,7 +131,7 @@ impl Reader<'_> {
             Some(cached) => cached,
             None => hub.acceptor.load(handle.device, &request).await?,
         };
-        let checked = hub.acceptor.check(handle.known(), &request, &view, &highest, trace.as_deref())?;
+        let checked = hub.acceptor.check(handle.known(), &request, &view, &highest, trace.as_ref())?;
         hub.acceptor.submit(checked, &self.sink, request_id, trace.take())
     }
 }
@@ -175,7 +175,7 @@ pub struct Writer<'a> {
     /// When its first live envelope was accepted.
     accepted: Option<UnixMillis>,
     /// The traced ones of what is being written.
-    traced: Vec<Box<Span>>,
+    traced: Vec<Span>,
 }
 
 impl Writer<'_> {

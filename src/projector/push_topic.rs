@@ -336,7 +336,7 @@ mod tests {
             kind: 2,
             sealed: vec![seq as u8; bytes].into(),
         });
-        let trace = (seq % 7 == 0).then(|| Box::new(TraceContext { trace: [seq as u8; 16], span: [9; 8] }));
+        let trace = seq.is_multiple_of(7).then(|| Box::new(TraceContext { trace: [seq as u8; 16], span: [9; 8] }));
         Push::Item { device: device(1), attach: AttachId(5), after: Seq(seq - 1), item: PendingItem { seq: Seq(seq), body }, trace }
     }
 

@@ -122,7 +122,7 @@ pub struct Worker {
     /// Receipts and metadata on their way to the log since the last flush.
     receipts: Vec<JoinHandle<Result<(), AppendError>>>,
     /// The traced ones of the records under way.
-    traced: Vec<Box<Span>>,
+    traced: Vec<Span>,
     moved: bool,
     window_ends: Option<Instant>,
     soon_at: Option<Instant>,
