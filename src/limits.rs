@@ -128,6 +128,11 @@ pub const KAFKA_IDLE_READERS: usize = 2;
 pub const WINDOW_BYTES: usize = 64 * 1024 * 1024;
 /// How long an envelope may stay in memory only (the log has it) before it is written to the store.
 pub const WINDOW_MS: u64 = 1_000;
+/// On a cluster dedupe marks are written over so many windows: 2,000 rows at once take a CQL server both cores of a small machine for
+/// up to a quarter of a second, each second.
+pub const CLUSTER_MARK_WINDOWS: usize = 8;
+/// Records that a projector applies at most before it writes all marks and its position: what a takeover applies again.
+pub const TRAIL_RECORDS: u64 = 100_000;
 /// How soon receipts leave, and items of devices without a stream are readable by polls: long enough to put many together.
 pub const RECEIPT_DELAY_MS: u64 = 25;
 /// The same on a cluster, where each partition's share is a request of its own.
@@ -160,6 +165,18 @@ pub const TRACE_EXPORT_MS: u64 = 5_000;
 pub const TRACE_COMPLAINT_MS: u64 = 60_000;
 /// How often a cluster's lag is looked at for metrics: as often as they are read.
 pub const CLUSTER_LAG_LOOK_MS: u64 = 5_000;
+/// How often those who append look for a new layout of the partitions.
+pub const LAYOUT_LOOK_MS: u64 = 200;
+/// How long a new generation is open before the old one is fenced: ten looks, for all to have seen it.
+pub const LAYOUT_FENCE_MS: u64 = 2_000;
+/// How long a process that saw a change too late appends nothing: what it appended before is passed on meanwhile.
+pub const LAYOUT_HOLD_MS: u64 = 1_000;
+/// Numbers of partitions that a log can have had.
+pub const LAYOUT_GENERATIONS: usize = 64;
+/// Marks of one recipient that are read at once; of whom more write to, each is read when it is needed.
+pub const WHOLE_MARKS: usize = 128;
+/// Recipients of whom an edge knows that it read all their marks.
+pub const WHOLE_RECIPIENTS: usize = 20_000;
 /// Inboxes and dedupe marks that a projector keeps in memory; clean ones are dropped past that.
 pub const HOT_ENTRIES: usize = 200_000;
 

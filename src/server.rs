@@ -143,7 +143,11 @@ fn dev_realm(config: &Config, random: &dyn Random) -> Result<Option<DevRealm>, S
 
 fn pace(config: &Config) -> Pace {
     match config.is_cluster() {
-        true => Pace { soon: Duration::from_millis(limits::CLUSTER_RECEIPT_DELAY_MS), ..Pace::default() },
+        true => Pace {
+            soon: Duration::from_millis(limits::CLUSTER_RECEIPT_DELAY_MS),
+            mark_windows: limits::CLUSTER_MARK_WINDOWS,
+            ..Pace::default()
+        },
         false => Pace::default(),
     }
 }
@@ -256,7 +260,7 @@ impl Broker {
             vec![tokio::spawn(watch_log(Arc::clone(&backends.log), failing.clone())), tokio::spawn(metrics::upkeep(drain.clone()))];
         tasks.append(&mut backends.tasks);
         // Edges say it too, so that it is missed where no projector lives.
-        metrics::observe_to_own([Topic::Inbox, Topic::Directory].map(|topic| usize::from(backends.log.partitions(topic))).iter().sum());
+        metrics::observe_to_own(to_own(backends.log.as_ref()));
 
         let edge = if config.role.is_edge() { Some(Edge::new(&config, &backends, Arc::clone(&clock)).await?) } else { None };
         let hub = edge.as_ref().map(|edge| Arc::clone(&edge.hub));
@@ -387,6 +391,11 @@ async fn listen_for_pushes(
         Ok(()) => Ok(listening),
         Err(_) => Err(ServerError("the edge can't read the push topic; `sealpost topology check` says what is wrong with it".to_owned())),
     }
+}
+
+/// Partitions that all projectors together should own.
+fn to_own(log: &dyn EventLog) -> usize {
+    [Topic::Inbox, Topic::Directory].map(|topic| usize::from(log.partitions(topic))).iter().sum()
 }
 
 /// A poisoned log takes nothing more until it is opened anew; the process says so and ends, for its supervisor to start it again.

@@ -14,13 +14,13 @@ use crate::auth::KnownDevice;
 use crate::clock::{Clock, Random};
 use crate::delivery::api::{OutgoingEnvelope, SendError, SendRequest, Sending};
 use crate::directory::{AccountView, Directory};
-use crate::ids::{AccountId, DeviceAddr, DeviceId, Offset, Partition};
+use crate::ids::{AccountId, DeviceAddr, DeviceId, Offset};
 use crate::limits;
-use crate::log::{AppendError, AppendSink, EventLog, Topic, TopicPartition};
+use crate::log::{AppendError, AppendSink, EventLog, TopicPartition};
 use crate::metrics;
 use crate::rate::Keyed;
 use crate::store::seal::{self, Sealer};
-use crate::store::{DeliveryStore, MarkKey};
+use crate::store::{DeliveryStore, MarkKey, StoreError};
 use crate::traces::{self, Span, Step};
 use crate::wire::event::{self, EnvelopesAccepted, flags};
 use crate::wire::stream::{Code, EnvelopeType};
@@ -47,6 +47,9 @@ pub struct Acceptor {
     rate: Keyed<DeviceAddr>,
     /// The highest client message id of each pair that passed here or was applied before: decides what is too old.
     highest: Cache<MarkKey, Arc<AtomicU64>>,
+    /// Recipients all of whose marks were read (those not in `highest` did not exist, or were evicted: then the projector refuses what
+    /// is too old), and those who have too many for that.
+    whole: Cache<AccountId, bool>,
     full: RwLock<HashSet<DeviceAddr>>,
     any_full: AtomicBool,
     behind: AtomicBool,
@@ -76,6 +79,7 @@ impl Acceptor {
             random,
             rate: Keyed::new(rate, Duration::from_secs(1), rate),
             highest: Cache::new(limits::CACHED_MARKS),
+            whole: Cache::new(limits::WHOLE_RECIPIENTS),
             full: RwLock::default(),
             any_full: AtomicBool::new(false),
             behind: AtomicBool::new(false),
@@ -117,17 +121,46 @@ impl Acceptor {
         let highest = match self.highest.get(&key) {
             Some(highest) => highest,
             None => {
-                let marks = self.delivery.marks(vec![key]).await.map_err(store_failed)?;
-                let stored = marks.first().copied().flatten().unwrap_or_default().high;
-                let fresh = Arc::new(AtomicU64::new(stored));
-                // Two loads may race; the first one in wins, so that nobody counts on a copy of his own.
-                match self.highest.get_or_insert_with(&key, || Ok::<_, std::convert::Infallible>(fresh)) {
-                    Ok(highest) => highest,
-                    Err(never) => match never {},
-                }
+                let stored = self.stored_highest(key).await.map_err(store_failed)?;
+                self.remember(key, stored)
             }
         };
         Ok((view, highest))
+    }
+
+    /// The highest id of a pair that was applied. A recipient's first message reads those of all who wrote to it, so that the next new
+    /// sender costs no read.
+    async fn stored_highest(&self, key: MarkKey) -> Result<u64, StoreError> {
+        let whole = match self.whole.get(&key.recipient) {
+            Some(whole) => whole,
+            None => {
+                let marks = self.delivery.marks_of(key.recipient, limits::WHOLE_MARKS).await?;
+                self.whole.insert(key.recipient, marks.is_some());
+                let mut stored = None;
+                for (of, mark) in marks.into_iter().flatten() {
+                    self.remember(of, mark.high);
+                    stored = stored.or((of == key).then_some(mark.high));
+                }
+                match stored {
+                    Some(stored) => return Ok(stored),
+                    None => self.whole.get(&key.recipient) == Some(true),
+                }
+            }
+        };
+        if whole {
+            return Ok(0);
+        }
+        let marks = self.delivery.marks(vec![key]).await?;
+        Ok(marks.first().copied().flatten().unwrap_or_default().high)
+    }
+
+    /// Two loads may race; the first one in wins, so that nobody counts on a copy of his own.
+    fn remember(&self, key: MarkKey, stored: u64) -> Arc<AtomicU64> {
+        let fresh = || Ok::<_, std::convert::Infallible>(Arc::new(AtomicU64::new(stored)));
+        match self.highest.get_or_insert_with(&key, fresh) {
+            Ok(highest) => highest,
+            Err(never) => match never {},
+        }
     }
 
     /// A message begins; none, unless it is traced.
@@ -169,8 +202,8 @@ impl Acceptor {
         if id + limits::MESSAGE_ID_WINDOW <= highest.fetch_max(id, Ordering::Relaxed) {
             return Err(SendError::StaleMessageId);
         }
-        let partition = Partition::of(&request.recipient, self.log.partitions(Topic::Inbox));
-        Ok(Checked { to: TopicPartition { topic: Topic::Inbox, partition }, payload: self.event(sender, request, sealer, trace) })
+        let to = self.log.route(&request.recipient).map_err(|_| SendError::Unavailable { retry_after_ms: RETRY_AFTER_MS })?;
+        Ok(Checked { to, payload: self.event(sender, request, sealer, trace) })
     }
 
     fn event(&self, sender: DeviceAddr, request: &SendRequest, sealer: &Sealer, trace: Option<&Span>) -> Bytes {

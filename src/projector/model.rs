@@ -103,6 +103,8 @@ enum Op {
     },
     RemoveAccount,
     Flush,
+    /// The end of a window of which the marks trail: so many of them are written.
+    Window(usize),
     Soon,
     Crash,
     /// A flush of which so many rows get through, then a crash.
@@ -121,6 +123,7 @@ fn op() -> impl Strategy<Value = Op> {
         1 => device.prop_map(|device| Op::RemoveDevice { device }),
         1 => Just(Op::RemoveAccount),
         3 => Just(Op::Flush),
+        3 => (1usize..4).prop_map(Op::Window),
         2 => Just(Op::Soon),
         2 => Just(Op::Crash),
         2 => (0usize..12).prop_map(Op::Cut),
@@ -162,7 +165,7 @@ fn record(op: &Op, at: u64) -> Option<Bytes> {
         Op::Expire { device: number, back } => InboxEvent::Expired { device: device(*number), to: seq(*back) },
         Op::RemoveDevice { device: number } => InboxEvent::DeviceRemoved { device: device(*number) },
         Op::RemoveAccount => InboxEvent::AccountRemoved { account: account() },
-        Op::Flush | Op::Soon | Op::Crash | Op::Cut(_) => return None,
+        Op::Flush | Op::Window(_) | Op::Soon | Op::Crash | Op::Cut(_) => return None,
     };
     Some(event::encode(&event))
 }
@@ -172,6 +175,8 @@ struct Run {
     projection: Projection,
     /// The next record of the log to apply.
     next: usize,
+    /// The position that is covered once the marks which are being written are.
+    trail: Option<usize>,
     /// Everything a device was pushed or could read at a switch, to check that live and backlog meet without a hole.
     told: BTreeSet<(DeviceAddr, ReceiptKind, u64)>,
     /// Two projectors wrote: what they counted may be less than what is stored behind the cursor.
@@ -187,6 +192,12 @@ impl Run {
             self.projection.needs(&event, &mut needs);
             for device in needs.inboxes {
                 self.projection.load_inbox(device, self.store.inboxes.get(&device).copied());
+            }
+            let has = self.projection.has_marks_of(&account());
+            if has.is_none() && !needs.marks.is_empty() {
+                // One with few correspondents, or one with many.
+                let all: Vec<_> = self.store.marks.iter().map(|(key, mark)| (*key, *mark)).collect();
+                self.projection.load_marks_of(account(), (all.len() <= 2).then_some(all));
             }
             for key in needs.marks {
                 self.projection.load_mark(key, self.store.marks.get(&key).copied());
@@ -223,13 +234,14 @@ impl Run {
     }
 
     fn new() -> Self {
-        Self { store: Store::default(), projection: Projection::default(), next: 0, told: BTreeSet::new(), shared: false }
+        Self { store: Store::default(), projection: Projection::default(), next: 0, trail: None, told: BTreeSet::new(), shared: false }
     }
 
     /// Another projector goes on from what is stored.
     fn restart(&mut self, log: &[Bytes]) {
         self.projection = Projection::default();
         self.projection.replaying = true;
+        self.trail = None;
         self.next = self.store.next;
         self.apply(log);
         self.flush();
@@ -243,9 +255,27 @@ impl Run {
     fn flush_cut(&mut self, steps: usize) {
         let mut write = DeliveryWrite::default();
         self.projection.flush(&mut write);
+        self.projection.begin_marks();
+        assert!(self.projection.take_marks(&mut write, usize::MAX));
+        self.trail = None;
         self.store.write(write, Some(self.next), steps);
         assert_eq!(self.projection.fresh_bytes(), 0);
         assert!(!self.projection.is_dirty());
+    }
+}
+
+impl Run {
+    /// A window that writes only some of the marks; the position follows with the last of them.
+    fn window(&mut self, marks: usize) {
+        let mut write = DeliveryWrite::default();
+        self.projection.flush(&mut write);
+        let position = *self.trail.get_or_insert_with(|| {
+            self.projection.begin_marks();
+            self.next
+        });
+        let covered = self.projection.take_marks(&mut write, marks);
+        self.trail.take_if(|_| covered);
+        self.store.write(write, covered.then_some(position), usize::MAX);
     }
 }
 
@@ -300,7 +330,7 @@ fn fold(log: &[Bytes]) -> Expected {
                 out.attached.remove(&device);
             }
             InboxEvent::AccountRemoved { .. } => out = Expected::default(),
-            InboxEvent::Receipts { .. } => {}
+            InboxEvent::Receipts { .. } | InboxEvent::Fence { .. } => {}
         }
     }
     out
@@ -352,6 +382,8 @@ proptest! {
         stopped_at = woken.next;
         let mut write = DeliveryWrite::default();
         woken.projection.flush(&mut write);
+        woken.projection.begin_marks();
+        woken.projection.take_marks(&mut write, usize::MAX);
         woken.store.write(write, Some(stopped_at), usize::MAX);
         prop_assert!(woken.store.next >= position);
         run.store = woken.store;
@@ -376,6 +408,7 @@ fn run_ops(run: &mut Run, log: &mut Vec<Bytes>, ops: &[Op]) {
         }
         match op {
             Op::Flush => run.flush(),
+            Op::Window(marks) => run.window(*marks),
             Op::Soon => {
                 let mut write = DeliveryWrite::default();
                 run.projection.take_waiting(&mut write);

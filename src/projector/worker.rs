@@ -1,10 +1,10 @@
 //! The worker around [`Projection`]: consume → apply → push, and write behind the log in coalescing windows.
 //!
 //! The invariant that makes a crash harmless: a committed position never covers an event whose effect is not in the
-//! same write, and inboxes and marks are written only together with the position that they stand at. Items alone may be written earlier;
-//! applying their event again puts the same row.
+//! same write or an earlier one. What is in the store early does no harm when its event is applied again: an item puts the same row,
+//! inboxes and marks say themselves which events they hold.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use crate::clock::Clock;
-use crate::ids::{DeviceAddr, EdgeId, Generation, Offset, Partition, Seq};
+use crate::ids::{AccountId, DeviceAddr, EdgeId, Offset, Partition, Seq};
 use crate::limits;
 use crate::log::{AppendError, Consumed, Consumer, EventLog, ReadError, Record, Topic, TopicPartition};
 use crate::metadata;
@@ -27,6 +27,8 @@ use crate::projector::recording::Recording;
 use crate::store::{DeliveryStore, DeliveryWrite, DirectoryStore, KeyStore, MarkKey, StoreError};
 use crate::traces::{self, Span};
 use crate::wire::event::{self, DirectoryCommand, InboxEvent, ReceiptKind, TraceContext};
+
+mod scaling;
 
 /// The consumer group of the projectors.
 pub const GROUP: &str = "projector";
@@ -66,6 +68,9 @@ pub struct Pace {
     pub soon: Duration,
     /// How often expired envelopes are looked for.
     pub expiry: Duration,
+    /// Over how many windows the writing of dedupe marks is spread. A position waits for all that it covers, so a projector that takes
+    /// over applies the records of up to twice as many windows again.
+    pub mark_windows: usize,
 }
 
 impl Default for Pace {
@@ -74,6 +79,7 @@ impl Default for Pace {
             window: Duration::from_millis(limits::WINDOW_MS),
             soon: Duration::from_millis(limits::RECEIPT_DELAY_MS),
             expiry: Duration::from_secs(3600),
+            mark_windows: 1,
         }
     }
 }
@@ -106,6 +112,15 @@ pub struct Progress {
     pub met: u64,
 }
 
+/// Marks that are being written, and what is covered once they are.
+struct Trail {
+    positions: Vec<(TopicPartition, Offset)>,
+    /// Marks to write in each window.
+    slice: usize,
+    /// Records applied when it began.
+    applied: u64,
+}
+
 struct Owned {
     next: Offset,
     /// Where the log ended when the partition was assigned.
@@ -124,6 +139,13 @@ pub struct Worker {
     /// The traced ones of the records under way.
     traced: Vec<Span>,
     moved: bool,
+    trail: Option<Trail>,
+    /// Assigned partitions of a new generation, until what their accounts had before is in the store.
+    waiting: BTreeSet<TopicPartition>,
+    /// Partitions of an old generation in which this worker has set a fence.
+    fenced: BTreeSet<TopicPartition>,
+    /// Partitions that this worker said to be drained.
+    drained: BTreeSet<Partition>,
     window_ends: Option<Instant>,
     soon_at: Option<Instant>,
     progress: watch::Sender<Progress>,
@@ -146,6 +168,10 @@ impl Worker {
             owned: BTreeMap::new(),
             traced: Vec::new(),
             moved: false,
+            trail: None,
+            waiting: BTreeSet::new(),
+            fenced: BTreeSet::new(),
+            drained: BTreeSet::new(),
             window_ends: None,
             soon_at: None,
             progress,
@@ -176,8 +202,9 @@ impl Worker {
     pub async fn run(mut self, mut stop: watch::Receiver<bool>) -> Result<(), WorkerError> {
         let mut consumer = self.parts.log.consumer(GROUP, &[Topic::Directory, Topic::Inbox]).await?;
         let mut expire_at = Instant::now() + self.pace.expiry.min(Duration::from_secs(60));
+        let mut look_at = Instant::now();
         loop {
-            let due = [self.window_ends, self.soon_at].into_iter().flatten().min().unwrap_or(expire_at).min(expire_at);
+            let due = [self.window_ends, self.soon_at].into_iter().flatten().min().unwrap_or(expire_at).min(expire_at).min(look_at);
             tokio::select! {
                 biased;
                 () = async { let _ = stop.wait_for(|stop| *stop).await; } => break,
@@ -190,6 +217,10 @@ impl Worker {
             }
             if self.window_ends.is_some_and(|at| at <= now) || self.projection.fresh_bytes() > limits::WINDOW_BYTES {
                 self.flush(consumer.as_mut()).await?;
+            }
+            if look_at <= now {
+                look_at = now + Duration::from_millis(limits::LAYOUT_LOOK_MS);
+                self.look_at_layout(consumer.as_mut()).await?;
             }
             if expire_at <= now {
                 expire_at = now + self.pace.expiry;
@@ -217,29 +248,17 @@ impl Worker {
     async fn consumed(&mut self, consumed: Consumed, consumer: &mut dyn Consumer) -> Result<(), WorkerError> {
         match consumed {
             Consumed::Assigned(partitions) => {
-                for tp in partitions {
-                    let next = match tp.topic {
-                        Topic::Directory => self.parts.directory.directory_position(tp.partition).await?,
-                        _ => self.parts.delivery.position(tp.partition).await?,
-                    };
-                    let (earliest, end) = self.parts.log.bounds(tp).await?;
-                    if next < earliest && next > Offset(0) {
-                        tracing::error!(
-                            topic = tp.topic.name(),
-                            "records were removed before the projector applied them; affected devices will miss envelopes"
-                        );
-                    }
-                    let next = next.max(earliest);
-                    consumer.seek(tp, next).await?;
-                    self.owned.insert(tp, Owned { next, end_at_start: end });
-                }
+                self.assigned(partitions, consumer).await?;
             }
             Consumed::Revoked(partitions) => {
                 self.flush_now(consumer).await?;
                 for tp in partitions {
                     self.owned.remove(&tp);
+                    self.waiting.remove(&tp);
+                    self.fenced.remove(&tp);
                     if tp.topic == Topic::Inbox {
-                        self.projection.forget(tp.partition, self.parts.log.partitions(Topic::Inbox));
+                        let layout = self.parts.log.layout();
+                        self.projection.forget(|account| layout.held(tp.partition, account));
                     }
                 }
             }
@@ -249,7 +268,7 @@ impl Worker {
                     records += batch.len() as u64;
                     match tp.topic {
                         Topic::Directory => self.directory(tp, &batch).await?,
-                        _ => self.inbox(tp, &batch).await?,
+                        _ => self.inbox(tp, &batch, consumer).await?,
                     }
                     if let (Some(last), Some(owned)) = (batch.last(), self.owned.get_mut(&tp)) {
                         owned.next = last.offset.next();
@@ -286,16 +305,36 @@ impl Worker {
         }
     }
 
-    async fn inbox(&mut self, tp: TopicPartition, batch: &[Record]) -> Result<(), WorkerError> {
+    async fn inbox(&mut self, tp: TopicPartition, batch: &[Record], consumer: &mut dyn Consumer) -> Result<(), WorkerError> {
+        let mut rest = batch;
+        while !rest.is_empty() && !self.is_past(tp.partition) {
+            let Some(fence) = self.apply(tp, rest).await? else { return Ok(()) };
+            self.drain(tp, rest[fence].offset, consumer).await?;
+            rest = &rest[fence + 1..];
+        }
+        self.pass_on(tp, rest).await
+    }
+
+    /// Applies records up to a fence, and says where that is if there is one.
+    async fn apply(&mut self, tp: TopicPartition, batch: &[Record]) -> Result<Option<usize>, WorkerError> {
+        let generation = self.parts.log.layout().generation_of(tp.partition).unwrap_or_default();
         let mut events = Vec::with_capacity(batch.len());
         let mut needs = Needs::default();
-        for record in batch {
+        let mut fence = None;
+        for (at, record) in batch.iter().enumerate() {
             let event: InboxEvent<'_> = event::decode(&record.payload).map_err(|source| undecodable(tp, record, source))?;
             self.projection.needs(&event, &mut needs);
-            if matches!(event, InboxEvent::Expired { .. }) {
+            match event {
                 // Streams say the gap from now on; pages, which read the store, should not show for much longer what expired.
-                let soon = Instant::now() + self.pace.soon;
-                self.window_ends = Some(self.window_ends.map_or(soon, |at| at.min(soon)));
+                InboxEvent::Expired { .. } => {
+                    let soon = Instant::now() + self.pace.soon;
+                    self.window_ends = Some(self.window_ends.map_or(soon, |at| at.min(soon)));
+                }
+                InboxEvent::Fence { generation: next } if next > generation => {
+                    fence = Some(at);
+                    break;
+                }
+                _ => {}
             }
             let trace = event::trace(&record.payload).and_then(|from| traces::follow(traces::Step::Apply, &from));
             events.push((record, event, trace));
@@ -305,7 +344,7 @@ impl Worker {
         }
         for (record, event, trace) in events {
             let pushed = self.projection.pushes.len();
-            let at = Seq::at(Generation(0), record.offset);
+            let at = Seq::at(generation, record.offset);
             if let Some(step) = self.projection.apply(at, event, &record.payload) {
                 self.step(step).await?;
             }
@@ -324,7 +363,8 @@ impl Worker {
                 recording.add(tp, record.appended, steps);
             }
         }
-        self.record().await
+        self.record().await?;
+        Ok(fence)
     }
 
     /// The items from the `from`th push on belong to a traced message.
@@ -349,7 +389,7 @@ impl Worker {
         Ok(())
     }
 
-    async fn load(&mut self, needs: Needs) -> Result<(), WorkerError> {
+    async fn load(&mut self, mut needs: Needs) -> Result<(), WorkerError> {
         self.behind.settle_forgotten().await?;
         if !needs.inboxes.is_empty() {
             let devices: Vec<DeviceAddr> = needs.inboxes.into_iter().collect();
@@ -358,6 +398,18 @@ impl Worker {
                 self.projection.load_inbox(device, state);
             }
         }
+        // A recipient's first message reads the marks of all who wrote to it, so that the next new sender costs no read.
+        let untried = |key: &MarkKey| self.projection.has_marks_of(&key.recipient).is_none();
+        let recipients: HashSet<AccountId> = needs.marks.iter().filter(|key| untried(key)).map(|key| key.recipient).collect();
+        let delivery = &self.parts.delivery;
+        let read = |recipient| async move {
+            let marks = retry(|| delivery.marks_of(recipient, limits::WHOLE_MARKS)).await?;
+            Ok::<_, WorkerError>((recipient, marks))
+        };
+        for (recipient, marks) in futures_util::future::try_join_all(recipients.into_iter().map(read)).await? {
+            self.projection.load_marks_of(recipient, marks);
+        }
+        needs.marks.retain(|key| self.projection.has_marks_of(&key.recipient) != Some(true));
         if !needs.marks.is_empty() {
             let keys: Vec<MarkKey> = needs.marks.into_iter().collect();
             let marks = retry(|| self.parts.delivery.marks(keys.clone())).await?;
@@ -420,8 +472,7 @@ impl Worker {
             return Ok(retry(|| plan.commit_view(parts.directory.as_ref())).await?);
         }
         for (account, event) in plan.inbox_events() {
-            let partition = Partition::of(&account, parts.log.partitions(Topic::Inbox));
-            append(parts.log.as_ref(), TopicPartition { topic: Topic::Inbox, partition }, event::encode(&event)).await?;
+            append_for(parts.log.as_ref(), &account, event::encode(&event)).await?;
         }
         if let Some(recording) = &mut self.recording {
             // Their time is the command's own.
@@ -479,21 +530,19 @@ impl Worker {
         }
         let log = Arc::clone(&self.parts.log);
         self.receipts.push(tokio::spawn(async move {
-            let partitions = log.partitions(Topic::Inbox);
             let mut appends = Vec::with_capacity(due.len());
             for (sender, entries) in due {
                 for chunk in entries.chunks(limits::RECEIPT_ENTRIES) {
                     let payload = event::encode(&InboxEvent::Receipts { device: sender, entries: chunk.to_vec() });
-                    let partition = Partition::of(&sender.account, partitions);
-                    appends.push(append(log.as_ref(), TopicPartition { topic: Topic::Inbox, partition }, payload));
+                    let log = log.as_ref();
+                    appends.push(async move { append_for(log, &sender.account, payload).await });
                 }
             }
             futures_util::future::try_join_all(appends).await.map(drop)
         }));
     }
 
-    /// Ends the coalescing window: receipts out, then everything that changed with its position, atomically, behind the
-    /// projector's back.
+    /// Ends the coalescing window: receipts out, then what changed, behind the projector's back.
     async fn flush(&mut self, consumer: &mut dyn Consumer) -> Result<(), WorkerError> {
         self.window_ends = None;
         self.send_receipts();
@@ -504,8 +553,8 @@ impl Worker {
         let mut write = DeliveryWrite::default();
         self.projection.flush(&mut write);
         self.send_pushes().await;
-        if std::mem::take(&mut self.moved) {
-            let positions: Vec<_> = self.owned.iter().map(|(tp, owned)| (*tp, owned.next)).collect();
+        if std::mem::take(&mut self.moved) || self.trail.is_some() {
+            let positions = self.write_marks(&mut write);
             write.positions = positions.iter().filter(|(tp, _)| tp.topic == Topic::Inbox).map(|(tp, next)| (tp.partition, *next)).collect();
             let (after, pushed) = (std::mem::take(&mut self.receipts), Some(self.parts.bus.settled()));
             // Whoever did not acknowledge in time may have no stream any more: its polls look.
@@ -513,6 +562,9 @@ impl Worker {
             self.behind.queue(Job { write, after, pushed, waiting, positions }).await?;
             if self.projection.trim() {
                 self.behind.forgot();
+            }
+            if self.trail.is_some() {
+                self.window_ends = Some(Instant::now() + self.pace.window);
             }
         }
         for (tp, next) in self.behind.covered() {
@@ -523,9 +575,30 @@ impl Worker {
         Ok(())
     }
 
-    /// The same, and waits until all is in the store.
+    /// Adds a slice of the marks; gives the positions that are covered with it, none until the last slice. Two limits make it all of
+    /// them at once: how much a takeover would apply again, and memory.
+    fn write_marks(&mut self, write: &mut DeliveryWrite) -> Vec<(TopicPartition, Offset)> {
+        let applied = self.progress.borrow().applied;
+        let windows = self.pace.mark_windows.max(1);
+        let trail = self.trail.get_or_insert_with(|| Trail {
+            positions: self.owned.iter().map(|(tp, owned)| (*tp, owned.next)).collect(),
+            slice: self.projection.begin_marks().div_ceil(windows),
+            applied,
+        });
+        let hurry = applied - trail.applied > limits::TRAIL_RECORDS || self.projection.marks() > limits::HOT_ENTRIES;
+        let done = self.projection.take_marks(write, if hurry { usize::MAX } else { trail.slice });
+        self.trail.take_if(|_| done).map_or_else(Vec::new, |trail| trail.positions)
+    }
+
+    /// The same, whole, and waits until all is in the store.
     async fn flush_now(&mut self, consumer: &mut dyn Consumer) -> Result<(), WorkerError> {
-        self.flush(consumer).await?;
+        let windows = std::mem::replace(&mut self.pace.mark_windows, 1);
+        if self.trail.take().is_some() {
+            self.moved = true;
+        }
+        let flushed = self.flush(consumer).await;
+        self.pace.mark_windows = windows;
+        flushed?;
         self.behind.settle().await?;
         self.flush(consumer).await
     }
@@ -533,7 +606,7 @@ impl Worker {
     /// Looks for envelopes past their time, and says so on the log: the view changes only by events.
     async fn expire(&self) -> Result<(), WorkerError> {
         let before = crate::clock::UnixMillis(self.parts.clock.now().0.saturating_sub(limits::ENVELOPE_TTL_MS));
-        let partitions = self.parts.log.partitions(Topic::Inbox);
+        let layout = self.parts.log.layout();
         let mut after = None;
         loop {
             let delivery = &self.parts.delivery;
@@ -541,7 +614,7 @@ impl Worker {
             let Some((last, _)) = page.last() else { return Ok(()) };
             after = Some(*last);
             for (device, to) in page {
-                let tp = TopicPartition { topic: Topic::Inbox, partition: Partition::of(&device.account, partitions) };
+                let tp = TopicPartition { topic: Topic::Inbox, partition: layout.partition_of(&device.account) };
                 if self.owned.contains_key(&tp) {
                     metrics::observe_expired(1);
                     append(self.parts.log.as_ref(), tp, event::encode(&InboxEvent::Expired { device, to })).await?;
@@ -560,6 +633,17 @@ pub(super) async fn append(log: &dyn EventLog, to: TopicPartition, payload: Byte
                 tokio::time::sleep(Duration::from_millis(20)).await
             }
             other => return other.map(drop),
+        }
+    }
+}
+
+/// The same for an account's partition of `inbox`, wherever that is by then.
+async fn append_for(log: &dyn EventLog, account: &AccountId, payload: Bytes) -> Result<(), AppendError> {
+    loop {
+        match log.route(account) {
+            Ok(to) => return append(log, to, payload).await,
+            Err(AppendError::Unavailable(_)) => tokio::time::sleep(Duration::from_millis(20)).await,
+            Err(error) => return Err(error),
         }
     }
 }

@@ -8,7 +8,7 @@ use crate::limits;
 use crate::log::Follow;
 use crate::log::kafka as log;
 use crate::metrics;
-use crate::server::{Backends, ServerError};
+use crate::server::{Backends, ServerError, to_own};
 use crate::store::cql as store;
 
 /// How to reach Kafka, as configured.
@@ -49,16 +49,19 @@ pub(super) async fn open(config: &Config) -> Result<Backends, ServerError> {
     let log = log::KafkaLog::open(kafka_options(kafka)).await.map_err(|error| ServerError(error.to_string()))?;
     let store = store::CqlStore::open(cql_options(cql)).await.map_err(|error| ServerError(error.to_string()))?;
     let pushes = Some(Arc::clone(&log) as Arc<dyn Follow>);
-    let tasks = vec![tokio::spawn(measure_replicas(Arc::clone(&log)))];
+    let tasks = vec![tokio::spawn(measure_topics(Arc::clone(&log)))];
     Ok(Backends { log, delivery: store.clone(), directory: store.clone(), keys: store, pushes, tasks })
 }
 
-/// What copies and leaders are missing, for metrics: every process says it, so that it is known while one lives.
-async fn measure_replicas(log: Arc<log::KafkaLog>) {
+/// What copies and leaders are missing, and how many partitions want an owner, for metrics: every process says it, so that it is known while
+/// one lives.
+async fn measure_topics(log: Arc<log::KafkaLog>) {
     let mut every = tokio::time::interval(Duration::from_millis(limits::CLUSTER_LAG_LOOK_MS));
     every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         every.tick().await;
+        // Topics grow while the process runs.
+        metrics::observe_to_own(to_own(log.as_ref()));
         // What can't be looked at leaves the last figures as they are.
         if let Ok(log::Replicas { under_replicated, leaderless }) = log.replicas().await {
             metrics::observe_replicas(under_replicated, leaderless);

@@ -122,6 +122,9 @@ pub async fn delivery(fixture: &dyn Fixture) -> Outcome {
     assert_eq!((store.position(Partition(3)).await?, store.position(Partition(5)).await?), (Offset(17), Offset(0)));
     assert_eq!(store.inboxes(vec![b, a]).await?, vec![None, Some(state)]);
     assert_eq!(store.marks(vec![MarkKey { sender: a, ..key }, key]).await?, vec![None, Some(mark)]);
+    assert_eq!(store.marks_of(a.account, 1).await?, Some(vec![(key, mark)]));
+    assert_eq!(store.marks_of(a.account, 0).await?, None, "one more than asked for");
+    assert_eq!(store.marks_of(device(2, 1).account, 1).await?, Some(vec![]));
     assert_eq!(all(&*store, a).await?, items);
     assert_eq!(all(&*store, b).await?, vec![receipt(4)]);
 

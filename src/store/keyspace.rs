@@ -92,6 +92,13 @@ pub fn mark(of: &MarkKey) -> [u8; 33] {
     key
 }
 
+/// The sender of a key of `marks`.
+pub fn parse_mark(key: &[u8]) -> Result<MarkKey, StoreError> {
+    let (recipient, sender) = key.split_at_checked(16).ok_or_else(|| corrupt("a mark's key"))?;
+    let recipient = AccountId::from_slice(recipient).map_err(|_| corrupt("a mark's key"))?;
+    Ok(MarkKey { recipient, sender: parse_device(sender)? })
+}
+
 /// `topic ‖ partition`.
 pub fn position(topic: u8, partition: Partition) -> [u8; 3] {
     let [high, low] = partition.0.to_be_bytes();

@@ -52,6 +52,10 @@ impl DeliveryStore for Metered<dyn DeliveryStore> {
         timed(StoreCall::Marks, self.0.marks(keys)).await
     }
 
+    async fn marks_of(&self, recipient: AccountId, max: usize) -> Result<Option<Vec<(MarkKey, Mark)>>, StoreError> {
+        timed(StoreCall::Marks, self.0.marks_of(recipient, max)).await
+    }
+
     async fn pending(
         &self,
         device: DeviceAddr,

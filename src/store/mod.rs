@@ -174,6 +174,10 @@ pub trait DeliveryStore: Send + Sync + 'static {
     /// The marks that exist, in the order asked.
     async fn marks(&self, keys: Vec<MarkKey>) -> Result<Vec<Option<Mark>>, StoreError>;
 
+    /// All marks of a recipient in one read, in any order; `None` if there are more than `max`. Whoever has them needs no read for
+    /// the recipient's next new correspondent.
+    async fn marks_of(&self, recipient: AccountId, max: usize) -> Result<Option<Vec<(MarkKey, Mark)>>, StoreError>;
+
     /// Pending items with `after < seq <= to`, in order: at most `items_max`, and no more once `bytes_max` is
     /// reached (but at least one, if there is one).
     async fn pending(

@@ -176,6 +176,9 @@ impl DeliveryStore for FaultyStore {
     async fn marks(&self, keys: Vec<MarkKey>) -> Result<Vec<Option<Mark>>, StoreError> {
         self.run(Call::Marks, self.inner.delivery.marks(keys)).await
     }
+    async fn marks_of(&self, recipient: AccountId, max: usize) -> Result<Option<Vec<(MarkKey, Mark)>>, StoreError> {
+        self.run(Call::Marks, self.inner.delivery.marks_of(recipient, max)).await
+    }
     async fn pending(
         &self,
         device: DeviceAddr,

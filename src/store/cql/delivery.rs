@@ -90,6 +90,20 @@ impl DeliveryStore for CqlStore {
         each(gather(keys.iter().map(|key| self.mark(key)))).await
     }
 
+    async fn marks_of(&self, recipient: AccountId, max: usize) -> Result<Option<Vec<(MarkKey, Mark)>>, StoreError> {
+        let buckets: Vec<i8> = (0..MARK_BUCKETS as i8).collect();
+        let rows = self.rows(&self.statements.marks_of, (&recipient.as_bytes()[..], buckets, (max + 1) as i32)).await?;
+        if rows.rows_num() > max {
+            return Ok(None);
+        }
+        let marks = rows.rows::<(&[u8], &[u8])>().map_err(|error| corrupt(&error))?;
+        let mark = |row: Result<(&[u8], &[u8]), _>| {
+            let (sender, mark) = row.map_err(|error: scylla::errors::DeserializationError| corrupt(&error))?;
+            Ok((MarkKey { recipient, sender: keyspace::parse_device(sender)? }, keyspace::decode(mark, "a mark")?))
+        };
+        marks.map(mark).collect::<Result<Vec<_>, _>>().map(Some)
+    }
+
     async fn pending(
         &self,
         device: DeviceAddr,

@@ -109,6 +109,7 @@ statements! {
     day_put view "INSERT INTO @pending_days (day, shard, account, device) VALUES (?, ?, ?, ?) USING TTL ? AND TIMESTAMP ?",
     day_get view "SELECT account, device FROM @pending_days WHERE day = ? AND shard = ? AND (account, device) > (?, ?) LIMIT ?",
     mark_get view "SELECT mark FROM @marks WHERE recipient = ? AND bucket = ? AND sender = ?",
+    marks_of view "SELECT sender, mark FROM @marks WHERE recipient = ? AND bucket IN ? LIMIT ?",
     mark_put view "INSERT INTO @marks (recipient, bucket, sender, mark) VALUES (?, ?, ?, ?) USING TIMESTAMP ?",
     marks_drop view "DELETE FROM @marks USING TIMESTAMP ? WHERE recipient = ? AND bucket = ?",
     account_get view "SELECT record FROM @accounts WHERE id = ?",

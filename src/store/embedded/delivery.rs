@@ -46,6 +46,22 @@ impl DeliveryStore for EmbeddedStore {
         .await
     }
 
+    async fn marks_of(&self, recipient: AccountId, max: usize) -> Result<Option<Vec<(MarkKey, Mark)>>, StoreError> {
+        let view = self.view();
+        blocking(move || {
+            let mut found = Vec::new();
+            for entry in view.db.snapshot().prefix(&view.marks, recipient.as_bytes()) {
+                let (key, value) = entry.into_inner().map_err(unavailable)?;
+                if found.len() == max {
+                    return Ok(None);
+                }
+                found.push((keyspace::parse_mark(&key)?, keyspace::decode(&value, "a mark")?));
+            }
+            Ok(Some(found))
+        })
+        .await
+    }
+
     async fn pending(
         &self,
         device: DeviceAddr,
