@@ -7,13 +7,14 @@ FUZZ_SECONDS ?= 20
 BROKERS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo build test test-cluster cluster-if-java compose-check fmt lint unit doc features wasm deny bench fuzz kill-audit tools wasm-target
+.PHONY: help demo build test test-cluster cluster-if-java compose-check alerts-check fmt lint unit doc features wasm deny bench fuzz kill-audit tools wasm-target
 
 help:
 	@echo "make demo        build, then a narrated conversation through a broker that is killed on the way"
 	@echo "make test        everything that CI runs: format, lints, tests, documentation, wasm32, licences, cluster"
 	@echo "make test-cluster  the tests on a real Kafka and Cassandra, started for them (Java 17; Maven for the first time)"
 	@echo "make compose-check  docker-compose.yml, read by Docker Compose where it is installed"
+	@echo "make alerts-check  when the alerts fire and when not, by promtool where it is installed"
 	@echo "make bench       log append, apply, bundle fetch, edge round trip, backlog drain"
 	@echo "make kill-audit  200 random kill -9 of a broker under load, every accepted id audited"
 	@echo "make fuzz        every fuzz target for $(FUZZ_SECONDS) s each"
@@ -24,7 +25,7 @@ demo: build
 build: tools
 	$(CARGO) build --release
 
-test: tools fmt lint unit doc features wasm deny compose-check cluster-if-java
+test: tools fmt lint unit doc features wasm deny compose-check alerts-check cluster-if-java
 
 # A machine without Java can't run Kafka and Cassandra: that is said, and never taken for a pass.
 cluster-if-java:
@@ -42,13 +43,13 @@ unit: tools
 
 # Compiled first, so that the servers do not wait; brought down whatever happens.
 test-cluster: tools
-	$(CARGO) test --all-features --test 'cluster_*' --test delivery --test client_e2e --test client_repair --no-run
+	$(CARGO) test --all-features --test 'cluster_*' --test delivery --test client_e2e --test client_repair --test dashboards --test tracing --no-run
 	@dir=$$(mktemp -d "$${TMPDIR:-/tmp}/sealpost-cluster.XXXXXX"); \
 	trap 'topology/local down --dir "$$dir/secure"; topology/local down --dir "$$dir" && rm -rf "$$dir"' EXIT; trap 'exit 130' INT TERM; \
 	topology/local up --dir "$$dir" --brokers $(BROKERS) --only kafka,cassandra && \
 	servers=$$(topology/local env --dir "$$dir") && \
 	env $$servers $(CARGO) test --all-features --test 'cluster_*' -- --test-threads=1 --nocapture && \
-	env $$servers SEALPOST_TEST_PROFILE=cluster $(CARGO) test --all-features --test delivery --test client_e2e --test client_repair -- --test-threads=2 && \
+	env $$servers SEALPOST_TEST_PROFILE=cluster $(CARGO) test --all-features --test delivery --test client_e2e --test client_repair --test dashboards --test tracing -- --test-threads=2 && \
 	topology/local down --dir "$$dir" && \
 	topology/local up --dir "$$dir/secure" --only kafka,cassandra --secure && \
 	env $$(topology/local env --dir "$$dir/secure") $(CARGO) test --all-features --test cluster_secure -- --test-threads=1 --nocapture
@@ -63,6 +64,12 @@ compose-check:
 		echo "  GOBIN=DIR go install github.com/docker/compose/v2/cmd@v2.29.7, then make compose-check COMPOSE=DIR/cmd"; \
 		exit 0; \
 	fi; $$compose -f docker-compose.yml config --quiet && echo "docker-compose.yml is right ($$compose)"
+
+# By Prometheus' own tool. `PROMTOOL` may name one that is not on the path.
+PROMTOOL ?= promtool
+alerts-check:
+	@if command -v "$(PROMTOOL)" >/dev/null 2>&1; then "$(PROMTOOL)" check config topology/prometheus.yml && "$(PROMTOOL)" test rules topology/alerts.test.yml; \
+	else echo "skipped: topology/alerts.test.yml, since promtool is not here; install prometheus, or make alerts-check PROMTOOL=FILE"; fi
 
 doc: tools
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --no-deps --all-features

@@ -18,9 +18,11 @@ use crate::ids::RealmId;
 
 mod cluster;
 mod metadata;
+mod tracing;
 
 pub use cluster::{Cql, CqlTls, Kafka, KafkaSasl, KafkaTls, Role, SaslMechanism};
 pub use metadata::Metadata;
+pub use tracing::Tracing;
 
 /// A value that is never printed and is wiped when dropped.
 #[derive(Clone)]
@@ -118,6 +120,8 @@ pub struct Config {
     pub metrics: Metrics,
     /// What analysts may know.
     pub metadata: Metadata,
+    /// Traces of single messages.
+    pub tracing: Tracing,
     /// What this process does. Default: everything.
     pub role: Role,
     /// The log on Kafka. Default: the embedded one.
@@ -140,6 +144,7 @@ impl Default for Config {
             partitions: Partitions::default(),
             metrics: Metrics::default(),
             metadata: Metadata::default(),
+            tracing: Tracing::default(),
             role: Role::All,
             kafka: None,
             cql: None,
@@ -341,7 +346,7 @@ pub enum Expose {
 }
 
 /// Variables that are texts whatever they look like.
-const TEXT_KEYS: [&str; 24] = [
+const TEXT_KEYS: [&str; 25] = [
     "data",
     "listen",
     "tls.cert",
@@ -349,6 +354,7 @@ const TEXT_KEYS: [&str; 24] = [
     "metrics.expose",
     "metrics.token",
     "metadata.secret",
+    "tracing.otlp_endpoint",
     "config",
     "role",
     "kafka.brokers",
@@ -432,6 +438,7 @@ impl Config {
         self.validate_limits()?;
         self.validate_cluster()?;
         self.validate_metadata()?;
+        self.validate_tracing()?;
         if !(1 << 20..=1 << 32).contains(&self.log.segment_bytes) {
             return Err(invalid("log.segment_bytes", "must be from 1 MiB (1048576) to 4 GiB"));
         }

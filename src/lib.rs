@@ -18,6 +18,7 @@
 //! - `auth`, `directory`, `keys`: who somebody is, and which keys they publish.
 //! - `edge`: Axum only. `server`: the composition root.
 //! - `topology`: the topics as an operator wants them, and how a cluster differs.
+//! - `traces`: the steps of single messages, by OTLP; off unless a collector is configured.
 //! - `client`: the SDK; its `core` does no I/O and also builds for wasm32.
 
 pub mod clock;
@@ -61,3 +62,5 @@ pub mod store;
 pub mod testing;
 #[cfg(feature = "cluster")]
 pub mod topology;
+#[cfg(feature = "server")]
+pub mod traces;

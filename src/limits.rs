@@ -158,6 +158,14 @@ pub const METADATA_BATCH_BYTES: usize = 64 * 1024;
 pub const METADATA_UNACKED_BYTES: usize = 8 * 1024 * 1024;
 /// Accounts whose pseudonyms a projector remembers, for each period; all are forgotten past that.
 pub const METADATA_PSEUDONYMS: usize = 200_000;
+/// Steps of traces that wait for the collector; past that they are dropped.
+pub const TRACE_QUEUE_STEPS: usize = 4_096;
+/// How long steps of traces are gathered before they are sent.
+pub const TRACE_DELAY_MS: u64 = 1_000;
+/// How long the collector may take for a batch.
+pub const TRACE_EXPORT_MS: u64 = 5_000;
+/// How often it is said that the collector takes nothing.
+pub const TRACE_COMPLAINT_MS: u64 = 60_000;
 /// How often a cluster's lag is looked at for metrics: as often as they are read.
 pub const CLUSTER_LAG_LOOK_MS: u64 = 5_000;
 /// How often those who append look for a new layout of the partitions.

@@ -3,6 +3,7 @@
 //! Names are `sealpost_<area>_<what>_<unit>`; labels come from closed enums; no ids, ever. Handles are made once, so that
 //! recording costs an atomic addition. Until [`install`] was called nothing is recorded.
 
+use std::path::Path;
 use std::sync::OnceLock;
 use std::time::Duration;
 
@@ -161,6 +162,11 @@ struct Handles {
     log_consumed: Counter,
     log_moved: Vec<Counter>,
     log_poisoned: Gauge,
+    under_replicated: Gauge,
+    leaderless: Gauge,
+    disk_free: Gauge,
+    disk_total: Gauge,
+    live: Histogram,
     attach: Histogram,
     pushes: Counter,
     push: Histogram,
@@ -170,6 +176,7 @@ struct Handles {
     applied: Counter,
     apply: Histogram,
     owned: Gauge,
+    to_own: Gauge,
     queued_writes: Gauge,
     lag: Gauge,
     flush: Histogram,
@@ -218,6 +225,11 @@ impl Handles {
             log_consumed: counter!("sealpost_log_consumed_records_total"),
             log_moved: family("sealpost_log_partitions_moved_total", "how", Moved::ALL.iter().map(|v| v.1)),
             log_poisoned: gauge!("sealpost_log_poisoned"),
+            under_replicated: gauge!("sealpost_log_under_replicated_partitions"),
+            leaderless: gauge!("sealpost_log_leaderless_partitions"),
+            disk_free: gauge!("sealpost_disk_free_bytes"),
+            disk_total: gauge!("sealpost_disk_total_bytes"),
+            live: histogram!("sealpost_delivery_live_seconds"),
             attach: histogram!("sealpost_delivery_attach_seconds"),
             pushes: counter!("sealpost_push_items_total"),
             push: histogram!("sealpost_push_handover_seconds"),
@@ -227,6 +239,7 @@ impl Handles {
             applied: counter!("sealpost_projector_records_total"),
             apply: histogram!("sealpost_projector_apply_seconds"),
             owned: gauge!("sealpost_projector_owned_partitions"),
+            to_own: gauge!("sealpost_projector_partitions"),
             queued_writes: gauge!("sealpost_projector_queued_writes"),
             lag: gauge!("sealpost_projector_lag_records"),
             flush: histogram!("sealpost_projector_flush_seconds"),
@@ -266,6 +279,14 @@ fn describe() {
     describe_counter!("sealpost_log_consumed_records_total", "Records given to this process's consumers");
     describe_counter!("sealpost_log_partitions_moved_total", "Partitions that rebalances gave to and took from this process");
     describe_gauge!("sealpost_log_poisoned", "1 once the log takes nothing more until a restart");
+    describe_gauge!("sealpost_log_under_replicated_partitions", "Partitions of which a Kafka broker misses a copy or is behind with it");
+    describe_gauge!("sealpost_log_leaderless_partitions", "Partitions that no Kafka broker leads: nothing is appended to them");
+    describe_gauge!("sealpost_disk_free_bytes", "What is left on the disk of the data folder for this process");
+    describe_gauge!("sealpost_disk_total_bytes", "The size of the disk of the data folder, without what is reserved for the system");
+    describe_histogram!(
+        "sealpost_delivery_live_seconds",
+        "From a message being accepted to its being written to its recipient's open stream, the first of each write; by the two machines' clocks"
+    );
     describe_histogram!(
         "sealpost_delivery_attach_seconds",
         "From a stream's attachment being appended to its switch from backlog to live being known"
@@ -284,6 +305,7 @@ fn describe() {
     describe_counter!("sealpost_projector_records_total", "Records applied");
     describe_histogram!("sealpost_projector_apply_seconds", "Applying one batch of records and handing its pushes over");
     describe_gauge!("sealpost_projector_owned_partitions", "Partitions that this process's projector owns");
+    describe_gauge!("sealpost_projector_partitions", "Partitions that all projectors together should own");
     describe_gauge!("sealpost_projector_queued_writes", "Writes that wait for the store behind the projector, the one under way included");
     describe_gauge!(
         "sealpost_projector_lag_records",
@@ -355,6 +377,16 @@ pub fn observe_process() {
     if let (Some(h), Some(usage)) = (HANDLES.get(), process_usage("self")) {
         h.process_cpu.set(usage.cpu_seconds);
         h.process_resident.set(usage.resident_bytes as f64);
+    }
+}
+
+/// Looks at the disk of the data folder; before metrics are rendered. Blocks for a moment. A folder that is not there says nothing.
+pub fn observe_disk(folder: &Path) {
+    if let (Some(h), Ok(disk)) = (HANDLES.get(), rustix::fs::statvfs(folder)) {
+        // What is reserved for the system's administrator is not ours: neither free nor a part of the whole, as in `df`.
+        let usable = disk.f_blocks.saturating_sub(disk.f_bfree) + disk.f_bavail;
+        h.disk_free.set(disk.f_bavail as f64 * disk.f_frsize as f64);
+        h.disk_total.set(usable as f64 * disk.f_frsize as f64);
     }
 }
 
@@ -509,6 +541,21 @@ pub fn observe_log_poisoned() {
     }
 }
 
+/// So many partitions miss a copy or a broker that leads them.
+pub fn observe_replicas(under_replicated: usize, leaderless: usize) {
+    if let Some(h) = HANDLES.get() {
+        h.under_replicated.set(under_replicated as f64);
+        h.leaderless.set(leaderless as f64);
+    }
+}
+
+/// A live message that was accepted so long ago is written to its recipient's stream.
+pub fn observe_live(elapsed: Duration) {
+    if let Some(h) = HANDLES.get() {
+        h.live.record(elapsed.as_secs_f64());
+    }
+}
+
 /// A stream attached.
 pub fn observe_attached(elapsed: Duration) {
     if let Some(h) = HANDLES.get() {
@@ -555,6 +602,13 @@ pub fn observe_applied(records: u64, elapsed: Duration) {
 pub fn observe_owned(partitions: usize) {
     if let Some(h) = HANDLES.get() {
         h.owned.set(partitions as f64);
+    }
+}
+
+/// All projectors together should own so many partitions.
+pub fn observe_to_own(partitions: usize) {
+    if let Some(h) = HANDLES.get() {
+        h.to_own.set(partitions as f64);
     }
 }
 
@@ -649,6 +703,11 @@ mod tests {
         assert!(resident.parse::<f64>().expect("a number") > 1e5, "{resident}");
         assert!(text.contains("sealpost_process_cpu_seconds "));
         assert_eq!(process_usage("0"), None);
+        observe_disk(Path::new("/nowhere/at/all"));
+        observe_disk(Path::new("/"));
+        let text = exporter.render();
+        let total = text.lines().find_map(|line| line.strip_prefix("sealpost_disk_total_bytes ")).expect("rendered");
+        assert!(total.parse::<f64>().expect("a number") > 1e6, "{total}");
     }
 
     fn observe_nothing_out_of_range() -> bool {

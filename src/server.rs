@@ -42,6 +42,7 @@ use crate::store::metered::Metered;
 #[cfg(feature = "cluster")]
 use crate::store::mirrored::Mirrored;
 use crate::store::{DeliveryStore, DirectoryStore, KeyStore, StoreError};
+use crate::traces::{self, TraceError};
 
 #[cfg(feature = "cluster")]
 mod cluster;
@@ -70,7 +71,18 @@ macro_rules! from_errors {
         }
     )*};
 }
-from_errors!(ConfigError, LogOpenError, StoreOpenError, ServeError, DevError, JwksError, WorkerError, StoreError, std::io::Error);
+from_errors!(
+    ConfigError,
+    LogOpenError,
+    StoreOpenError,
+    ServeError,
+    DevError,
+    JwksError,
+    WorkerError,
+    StoreError,
+    TraceError,
+    std::io::Error
+);
 
 /// Log and stores, of whichever profile.
 struct Backends {
@@ -82,6 +94,8 @@ struct Backends {
     view: View,
     /// Set where edges and projectors are processes of their own: pushes go over a topic then.
     pushes: Option<Arc<dyn Follow>>,
+    /// What looks after them while the process runs.
+    tasks: Vec<JoinHandle<()>>,
 }
 
 /// What a projector keeps.
@@ -116,7 +130,8 @@ impl Backends {
         let opened = tokio::task::spawn_blocking(move || embedded::open(&opening, false, log)).await;
         let embedded::Opened { log, store } = opened.map_err(|error| ServerError(error.to_string()))??;
         let view = View::one(store.clone());
-        Ok(Self { log, delivery: store.clone(), directory: store.clone(), keys: store, view, pushes: None }.metered())
+        let (delivery, directory, keys) = (store.clone() as _, store.clone() as _, store as _);
+        Ok(Self { log, delivery, directory, keys, view, pushes: None, tasks: Vec::new() }.metered())
     }
 
     fn metered(self) -> Self {
@@ -266,7 +281,8 @@ impl Broker {
         config.validate()?;
         let config = Arc::new(config);
         let exporter = metrics::install();
-        let backends = Backends::open(&config, log).await?;
+        traces::install(&config.tracing, config.role)?;
+        let mut backends = Backends::open(&config, log).await?;
         let listener = Listener::bind(&config).await?;
         let address = listener.address();
         let url = format!("{}://{address}", listener.scheme());
@@ -276,6 +292,9 @@ impl Broker {
         let drain = CancellationToken::new();
         let mut tasks =
             vec![tokio::spawn(watch_log(Arc::clone(&backends.log), failing.clone())), tokio::spawn(metrics::upkeep(drain.clone()))];
+        tasks.append(&mut backends.tasks);
+        // Edges say it too, so that it is missed where no projector lives.
+        metrics::observe_to_own(to_own(backends.log.as_ref()));
 
         let edge = if config.role.is_edge() { Some(Edge::new(&config, &backends, Arc::clone(&clock)).await?) } else { None };
         let hub = edge.as_ref().map(|edge| Arc::clone(&edge.hub));
@@ -387,6 +406,7 @@ impl Broker {
             let _ = task.await;
         }
         self.log.close().await;
+        traces::flush().await;
     }
 }
 
@@ -407,6 +427,11 @@ async fn listen_for_pushes(
         Ok(()) => Ok(listening),
         Err(_) => Err(ServerError("the edge can't read the push topic; `sealpost topology check` says what is wrong with it".to_owned())),
     }
+}
+
+/// Partitions that all projectors together should own.
+fn to_own(log: &dyn EventLog) -> usize {
+    [Topic::Inbox, Topic::Directory].map(|topic| usize::from(log.partitions(topic))).iter().sum()
 }
 
 /// A poisoned log takes nothing more until it is opened anew; the process says so and ends, for its supervisor to start it again.

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use sealpost::clock::SystemRandom;
 use sealpost::ids::{EdgeId, Offset, Partition};
-use sealpost::log::kafka::{KafkaLog, KafkaOpenError, KafkaOptions, NewKafkaTopic, create_topics, delete_topics};
+use sealpost::log::kafka::{KafkaLog, KafkaOpenError, KafkaOptions, NewKafkaTopic, Replicas, create_topics, delete_topics};
 use sealpost::log::{AppendError, AppendSink, Consumed, EventLog, PartitionCounts, ReadError, Topic, TopicPartition, conformance};
 
 const COUNTS: PartitionCounts = PartitionCounts { inbox: 7, groups: 6, directory: 6, metadata: 6, push: 2 };
@@ -253,6 +253,7 @@ async fn one_of_three_brokers_dies() {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
         println!("every partition takes appends {:?} after a broker was killed", killed.elapsed());
+        wait_for_replicas(&log, |missing| missing.under_replicated > 0 && missing.leaderless == 0).await;
         on.store(false, Ordering::Relaxed);
     });
     wait_for_fates(&fates, submitted.load(Ordering::Relaxed)).await;
@@ -260,9 +261,24 @@ async fn one_of_three_brokers_dies() {
     println!("{} appends, {unknown} of them unknown", submitted.load(Ordering::Relaxed));
     tokio::task::block_in_place(|| topology(&["restart", "kafka-2"]));
     audit(&log, &fates).await;
+    wait_for_replicas(&log, |missing| *missing == Replicas::default()).await;
     assert_eq!(unknown, 0, "the fail-over is shorter than appends wait");
     log.close().await;
     delete_topics(&options, &Topic::ALL).await.expect("topics are removed");
+}
+
+/// What alerts are made of: copies that are missing while a broker is away, and not once it is back.
+async fn wait_for_replicas(log: &KafkaLog, wanted: impl Fn(&Replicas) -> bool) {
+    let begun = Instant::now();
+    loop {
+        let missing = log.replicas().await.expect("asked");
+        if wanted(&missing) {
+            println!("{missing:?}, after {:?}", begun.elapsed());
+            return;
+        }
+        assert!(begun.elapsed() < Duration::from_secs(60), "{missing:?}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
 }
 
 async fn wait_for_fates(fates: &Fates, count: usize) {

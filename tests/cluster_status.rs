@@ -6,7 +6,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use sealpost::clock::SystemRandom;
 use sealpost::ids::{EdgeId, Offset, Partition};
-use sealpost::log::kafka::{KafkaLog, KafkaOptions, create_topics, delete_topics, describe_topics};
+use sealpost::log::kafka::{KafkaLog, KafkaOptions, Replicas, create_topics, delete_topics, describe_topics};
 use sealpost::log::{Consumed, EventLog as _, Topic, TopicPartition};
 use sealpost::topology::Topology;
 use serde_json::Value;
@@ -37,6 +37,7 @@ async fn owners_lag_and_what_is_wrong() {
     let plan = Topology::built_in().compare(&describe_topics(&options).await.expect("described"));
     create_topics(&options, &plan.to_create()).await.expect("topics are made");
     let log = KafkaLog::open(options.clone()).await.expect("opens");
+    assert_eq!(log.replicas().await.expect("asked"), Replicas::default(), "every copy and every leader is there");
     let of = TopicPartition { topic: Topic::Inbox, partition: Partition(3) };
     for n in 0..10u8 {
         log.append(of, Bytes::from(vec![n])).await.expect("appended");

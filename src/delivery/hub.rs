@@ -22,6 +22,7 @@ use crate::log::{AppendError, AppendSink, EventLog};
 use crate::metrics;
 use crate::projector::push::{Push, PushBus};
 use crate::store::DeliveryStore;
+use crate::traces::{self, Step};
 use crate::wire::event::{self, InboxEvent};
 use crate::wire::stream::CloseReason;
 
@@ -312,8 +313,9 @@ impl Hub {
         let mut touched: Vec<Arc<Handle>> = Vec::new();
         for push in batch {
             match push {
-                Push::Item { device, attach, after, item } => self.with_session(&device, Some(attach), |handle| {
-                    if handle.push(FeedItem { after, item }) {
+                Push::Item { device, attach, after, item, trace } => self.with_session(&device, Some(attach), |handle| {
+                    let trace = trace.and_then(|from| traces::follow(Step::Deliver, &from));
+                    if handle.push(FeedItem { after, item, trace }) {
                         touched.push(Arc::clone(handle));
                     }
                 }),

@@ -16,6 +16,7 @@ use crate::limits;
 use crate::log::{AppendError, AppendSink};
 use crate::metrics;
 use crate::store::{InboxState, PendingItem};
+use crate::traces::Span;
 use crate::wire::stream::{CloseReason, SendResult};
 
 /// How often streams are looked at for silence.
@@ -47,6 +48,8 @@ pub struct FeedItem {
     pub after: Seq,
     /// The item.
     pub item: PendingItem,
+    /// Its way to the socket, if it is traced.
+    pub trace: Option<Span>,
 }
 
 #[derive(Debug, Default)]

@@ -7,20 +7,21 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 use quick_cache::sync::Cache;
 
 use crate::auth::KnownDevice;
 use crate::clock::{Clock, Random};
 use crate::delivery::api::{OutgoingEnvelope, SendError, SendRequest, Sending};
 use crate::directory::{AccountView, Directory};
-use crate::ids::{AccountId, DeviceAddr, DeviceId};
+use crate::ids::{AccountId, DeviceAddr, DeviceId, Offset};
 use crate::limits;
 use crate::log::{AppendError, AppendSink, EventLog, TopicPartition};
 use crate::metrics;
 use crate::rate::Keyed;
 use crate::store::seal::{self, Sealer};
 use crate::store::{DeliveryStore, MarkKey, StoreError};
+use crate::traces::{self, Span, Step};
 use crate::wire::event::{self, EnvelopesAccepted, flags};
 use crate::wire::stream::{Code, EnvelopeType};
 
@@ -170,8 +171,20 @@ impl Acceptor {
         }
     }
 
-    /// Every check, then the sealed event.
-    pub fn check(&self, known: KnownDevice, request: &SendRequest, view: &AccountView, highest: &AtomicU64) -> Result<Checked, SendError> {
+    /// A message begins; none, unless it is traced.
+    pub fn trace(&self) -> Option<Span> {
+        traces::accept(self.random.as_ref())
+    }
+
+    /// Every check, then the sealed event, which carries the trace if there is one.
+    pub fn check(
+        &self,
+        known: KnownDevice,
+        request: &SendRequest,
+        view: &AccountView,
+        highest: &AtomicU64,
+        trace: Option<&Span>,
+    ) -> Result<Checked, SendError> {
         let sender = known.addr;
         if self.behind.load(Ordering::Relaxed) {
             return Err(SendError::Unavailable { retry_after_ms: RETRY_AFTER_MS });
@@ -198,10 +211,10 @@ impl Acceptor {
             return Err(SendError::StaleMessageId);
         }
         let to = self.log.route(&request.recipient).map_err(|_| SendError::Unavailable { retry_after_ms: RETRY_AFTER_MS })?;
-        Ok(Checked { to, payload: self.event(sender, request, sealer) })
+        Ok(Checked { to, payload: self.event(sender, request, sealer, trace) })
     }
 
-    fn event(&self, sender: DeviceAddr, request: &SendRequest, sealer: &Sealer) -> Bytes {
+    fn event(&self, sender: DeviceAddr, request: &SendRequest, sealer: &Sealer, trace: Option<&Span>) -> Bytes {
         let bit = |on: bool, bit: u8| if on { bit } else { 0 };
         let head = EnvelopesAccepted {
             recipient: request.recipient,
@@ -212,6 +225,7 @@ impl Acceptor {
             envelopes: Vec::new(),
         };
         event::encode_accepted(
+            trace.map(Span::context).as_ref(),
             &head,
             &request.envelopes,
             |envelope| envelope.content.len() + seal::OVERHEAD,
@@ -225,26 +239,63 @@ impl Acceptor {
     }
 
     /// Hands a checked send to the log; its outcome goes to the sink.
-    pub fn submit(&self, checked: Checked, sink: &Arc<dyn AppendSink>, token: u64) -> Result<(), SendError> {
+    pub fn submit(&self, checked: Checked, sink: &Arc<dyn AppendSink>, token: u64, trace: Option<Span>) -> Result<(), SendError> {
+        let traced = trace.map(|accept| -> Arc<dyn AppendSink> {
+            let append = traces::follow(Step::Append, &accept.context());
+            let steps = append.into_iter().chain([accept]).collect();
+            Arc::new(TracedSink { sink: Arc::clone(sink), steps: Mutex::new(steps) })
+        });
+        let sink = traced.as_ref().unwrap_or(sink);
         self.log.submit(checked.to, checked.payload, sink, token).map_err(|error| append_failed(&error))
+    }
+}
+
+/// Ends the steps of one traced message when its outcome is known.
+struct TracedSink {
+    sink: Arc<dyn AppendSink>,
+    steps: Mutex<Vec<Span>>,
+}
+
+impl AppendSink for TracedSink {
+    fn done(&self, token: u64, outcome: Result<Offset, AppendError>) {
+        let code = outcome.as_ref().map_or_else(|error| append_failed(error).code(), |_| Code::Ok);
+        self.sink.done(token, outcome);
+        self.steps.lock().drain(..).for_each(|step| step.end_with(code));
+    }
+
+    fn flush(&self) {
+        self.sink.flush();
     }
 }
 
 #[async_trait]
 impl Sending for Acceptor {
     async fn send(&self, sender: KnownDevice, request: SendRequest) -> Result<(), SendError> {
+        let trace = self.trace();
         let accepted = async {
             let (view, highest) = match self.cached(sender.addr, &request) {
                 Some(cached) => cached,
                 None => self.load(sender.addr, &request).await?,
             };
-            let checked = self.check(sender, &request, &view, &highest)?;
-            self.log.append(checked.to, checked.payload).await.map(|_| ()).map_err(|error| append_failed(&error))
+            let checked = self.check(sender, &request, &view, &highest, trace.as_ref())?;
+            let append = trace.as_ref().and_then(|accept| traces::follow(Step::Append, &accept.context()));
+            let outcome = self.log.append(checked.to, checked.payload).await.map(|_| ()).map_err(|error| append_failed(&error));
+            if let Some(append) = append {
+                append.end_with(code(&outcome));
+            }
+            outcome
         };
         let outcome = accepted.await;
-        metrics::observe_sends(outcome.as_ref().map_or_else(SendError::code, |()| Code::Ok), 1);
+        metrics::observe_sends(code(&outcome), 1);
+        if let Some(trace) = trace {
+            trace.end_with(code(&outcome));
+        }
         outcome
     }
+}
+
+fn code(outcome: &Result<(), SendError>) -> Code {
+    outcome.as_ref().map_or_else(SendError::code, |()| Code::Ok)
 }
 
 /// What a failed append means to the sender.

@@ -12,7 +12,7 @@ use bytes::Bytes;
 use prost::Message as _;
 
 use crate::auth::KnownDevice;
-use crate::clock::Clock;
+use crate::clock::{Clock, UnixMillis};
 use crate::delivery::frames::Batch;
 use crate::delivery::hub::Hub;
 use crate::delivery::outbox::{FeedItem, First, Flow, Handle, NeverSent};
@@ -23,6 +23,7 @@ use crate::limits;
 use crate::log::AppendSink;
 use crate::metrics;
 use crate::store::{InboxState, PendingBody, PendingItem};
+use crate::traces::Span;
 use crate::wire::event::flags;
 use crate::wire::stream::{self, ClientBatch, CloseReason, Code, GapReason, client_frame, server_frame::Frame};
 
@@ -65,6 +66,8 @@ impl Session {
             last: Seq::ZERO,
             batch: Batch::default(),
             items: 0,
+            accepted: None,
+            traced: Vec::new(),
         };
         (reader, writer)
     }
@@ -110,13 +113,17 @@ impl Reader<'_> {
         let handle = &self.session.handle;
         handle.enter().await;
         let request_id = send.request_id;
-        if let Err(error) = self.try_send(send).await {
+        let mut trace = self.session.hub.acceptor.trace();
+        if let Err(error) = self.try_send(send, &mut trace).await {
+            if let Some(trace) = trace {
+                trace.end_with(error.code());
+            }
             metrics::observe_sends(error.code(), 1);
             handle.refuse(request_id, &error);
         }
     }
 
-    async fn try_send(&mut self, send: stream::Send) -> Result<(), crate::delivery::api::SendError> {
+    async fn try_send(&mut self, send: stream::Send, trace: &mut Option<Span>) -> Result<(), crate::delivery::api::SendError> {
         let Session { hub, handle } = self.session;
         let request_id = send.request_id;
         let request = sending::parse(send)?;
@@ -124,8 +131,8 @@ impl Reader<'_> {
             Some(cached) => cached,
             None => hub.acceptor.load(handle.device, &request).await?,
         };
-        let checked = hub.acceptor.check(handle.known(), &request, &view, &highest)?;
-        hub.acceptor.submit(checked, &self.sink, request_id)
+        let checked = hub.acceptor.check(handle.known(), &request, &view, &highest, trace.as_ref())?;
+        hub.acceptor.submit(checked, &self.sink, request_id, trace.take())
     }
 }
 
@@ -165,11 +172,17 @@ pub struct Writer<'a> {
     batch: Batch,
     /// Items in the batch.
     items: u64,
+    /// When its first live envelope was accepted.
+    accepted: Option<UnixMillis>,
+    /// The traced ones of what is being written.
+    traced: Vec<Span>,
 }
 
 impl Writer<'_> {
     /// Waits for the next thing to write. Not cancel-safe: what it took out of the queue is lost with the future.
     pub async fn next(&mut self) -> Output {
+        // The transport comes back once it has written.
+        self.traced.drain(..).for_each(Span::end);
         if self.phase == Phase::New
             && let Err(reason) = self.first().await
         {
@@ -215,6 +228,9 @@ impl Writer<'_> {
             if !self.batch.is_empty() {
                 handle.sent(self.last);
                 metrics::observe_pushed(std::mem::take(&mut self.items));
+                if let Some(accepted) = self.accepted.take() {
+                    metrics::observe_live(Duration::from_millis(self.clock.now().0.saturating_sub(accepted.0)));
+                }
                 return Output::Frames(self.batch.take());
             }
             if !self.can_go_on() {
@@ -293,7 +309,7 @@ impl Writer<'_> {
         }
         if self.phase == Phase::Live {
             while self.batch.len() < limits::SERVER_FRAME_TARGET_BYTES && !self.flow.is_stalled() {
-                let Some(FeedItem { after, item }) = self.local.pop_front() else { break };
+                let Some(FeedItem { after, item, trace }) = self.local.pop_front() else { break };
                 if after > self.last {
                     // The one before it never came. What is queued lies behind the hole as well.
                     self.local.clear();
@@ -301,6 +317,7 @@ impl Writer<'_> {
                     break;
                 }
                 self.item(&item);
+                self.traced.extend(trace);
             }
             if self.local.is_empty() && self.local.capacity() > 64 {
                 self.local = VecDeque::new();
@@ -319,7 +336,7 @@ impl Writer<'_> {
                     CloseReason::ServerFault
                 })?
                 .into_iter()
-                .map(|item| FeedItem { after: Seq::ZERO, item })
+                .map(|item| FeedItem { after: Seq::ZERO, item, trace: None })
                 .collect();
             if self.local.is_empty() {
                 self.last = self.last.max(to);
@@ -343,6 +360,9 @@ impl Writer<'_> {
                 let ephemeral = envelope.flags & flags::EPHEMERAL != 0;
                 if item.seq <= self.last && !ephemeral {
                     return;
+                }
+                if self.phase == Phase::Live {
+                    self.accepted.get_or_insert(envelope.accepted);
                 }
                 let sealer = self.view.as_ref().and_then(|view| view.sealer());
                 let opened =

@@ -316,7 +316,7 @@ impl Projection {
             return;
         }
         if let Some((edge, attach)) = inbox.state.attached {
-            self.pushes.push((edge, Push::Item { device, attach, after: inbox.state.last, item: item.clone() }));
+            self.pushes.push((edge, Push::Item { device, attach, after: inbox.state.last, item: item.clone(), trace: None }));
         } else if !ephemeral && inbox.fresh.is_empty() {
             self.waiting.push(device);
         }

@@ -12,7 +12,7 @@ use futures_util::future::BoxFuture;
 use crate::ids::{AccountId, AttachId, DeviceAddr, EdgeId, Seq};
 use crate::log::AppendError;
 use crate::store::{InboxState, PendingItem};
-use crate::wire::event::RequestId;
+use crate::wire::event::{RequestId, TraceContext};
 
 /// Something for one edge.
 #[derive(Debug, Clone)]
@@ -27,6 +27,8 @@ pub enum Push {
         after: Seq,
         /// The item.
         item: PendingItem,
+        /// If its message is traced.
+        trace: Option<Box<TraceContext>>,
     },
     /// The attachment was met in log order at `at`: everything pending up to there is in the store; what follows comes as
     /// [`Push::Item`]. This is the exact switch from backlog to live.

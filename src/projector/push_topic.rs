@@ -23,21 +23,56 @@ use crate::log::{AppendError, AppendSink, Consumed, EventLog, Follow, ReadError,
 use crate::metrics;
 use crate::projector::push::{Push, PushBus, Verdict};
 use crate::store::{InboxState, PendingItem, StoreError, keyspace};
-use crate::wire::event::{self, RequestId};
+use crate::wire::event::{self, RequestId, TraceContext};
 
 /// How long a full queue is left alone before it is tried again.
 const FULL_PAUSE: Duration = Duration::from_millis(5);
 
 #[derive(Encode, BorrowDecode)]
 enum Wire<'a> {
-    Item { device: DeviceAddr, attach: AttachId, after: Seq, seq: Seq, body: &'a [u8] },
-    Attached { device: DeviceAddr, attach: AttachId, at: Seq, inbox: InboxState },
-    Replaced { device: DeviceAddr, attach: AttachId },
-    Revoked { device: DeviceAddr },
-    Waiting { device: DeviceAddr },
-    Full { device: DeviceAddr, full: bool },
-    Verdict { request: RequestId, verdict: Verdict },
-    AccountChanged { account: AccountId },
+    Item {
+        device: DeviceAddr,
+        attach: AttachId,
+        after: Seq,
+        seq: Seq,
+        body: &'a [u8],
+    },
+    Attached {
+        device: DeviceAddr,
+        attach: AttachId,
+        at: Seq,
+        inbox: InboxState,
+    },
+    Replaced {
+        device: DeviceAddr,
+        attach: AttachId,
+    },
+    Revoked {
+        device: DeviceAddr,
+    },
+    Waiting {
+        device: DeviceAddr,
+    },
+    Full {
+        device: DeviceAddr,
+        full: bool,
+    },
+    Verdict {
+        request: RequestId,
+        verdict: Verdict,
+    },
+    AccountChanged {
+        account: AccountId,
+    },
+    /// An item whose message is traced. An edge from before traces does not know it, cuts its feeds and catches up.
+    TracedItem {
+        device: DeviceAddr,
+        attach: AttachId,
+        after: Seq,
+        seq: Seq,
+        body: &'a [u8],
+        trace: TraceContext,
+    },
 }
 
 #[derive(Encode, BorrowDecode)]
@@ -48,7 +83,13 @@ struct Batch<'a> {
 
 fn to_wire<'a>(push: &Push, body: &'a [u8]) -> Wire<'a> {
     match push {
-        Push::Item { device, attach, after, item } => Wire::Item { device: *device, attach: *attach, after: *after, seq: item.seq, body },
+        Push::Item { device, attach, after, item, trace } => {
+            let (device, attach, after, seq) = (*device, *attach, *after, item.seq);
+            match trace {
+                None => Wire::Item { device, attach, after, seq, body },
+                Some(trace) => Wire::TracedItem { device, attach, after, seq, body, trace: **trace },
+            }
+        }
         Push::Attached { device, attach, at, inbox } => Wire::Attached { device: *device, attach: *attach, at: *at, inbox: *inbox },
         Push::Replaced { device, attach } => Wire::Replaced { device: *device, attach: *attach },
         Push::Revoked { device } => Wire::Revoked { device: *device },
@@ -63,7 +104,11 @@ fn from_wire(wire: Wire<'_>, record: &Bytes) -> Result<Push, StoreError> {
     Ok(match wire {
         Wire::Item { device, attach, after, seq, body } => {
             let item: PendingItem = keyspace::decode_pending(seq, event::share(record, body))?;
-            Push::Item { device, attach, after, item }
+            Push::Item { device, attach, after, item, trace: None }
+        }
+        Wire::TracedItem { device, attach, after, seq, body, trace } => {
+            let item = keyspace::decode_pending(seq, event::share(record, body))?;
+            Push::Item { device, attach, after, item, trace: Some(Box::new(trace)) }
         }
         Wire::Attached { device, attach, at, inbox } => Push::Attached { device, attach, at, inbox },
         Wire::Replaced { device, attach } => Push::Replaced { device, attach },
@@ -291,7 +336,8 @@ mod tests {
             kind: 2,
             sealed: vec![seq as u8; bytes].into(),
         });
-        Push::Item { device: device(1), attach: AttachId(5), after: Seq(seq - 1), item: PendingItem { seq: Seq(seq), body } }
+        let trace = seq.is_multiple_of(7).then(|| Box::new(TraceContext { trace: [seq as u8; 16], span: [9; 8] }));
+        Push::Item { device: device(1), attach: AttachId(5), after: Seq(seq - 1), item: PendingItem { seq: Seq(seq), body }, trace }
     }
 
     #[test]

@@ -25,7 +25,8 @@ use crate::projector::directory;
 use crate::projector::push::{Push, PushBus};
 use crate::projector::recording::Recording;
 use crate::store::{DeliveryStore, DeliveryWrite, DirectoryStore, KeyStore, MarkKey, StoreError};
-use crate::wire::event::{self, DirectoryCommand, InboxEvent, ReceiptKind};
+use crate::traces::{self, Span};
+use crate::wire::event::{self, DirectoryCommand, InboxEvent, ReceiptKind, TraceContext};
 
 mod scaling;
 
@@ -135,6 +136,8 @@ pub struct Worker {
     behind: Behind,
     /// Receipts and metadata on their way to the log since the last flush.
     receipts: Vec<JoinHandle<Result<(), AppendError>>>,
+    /// The traced ones of the records under way.
+    traced: Vec<Span>,
     moved: bool,
     trail: Option<Trail>,
     /// Assigned partitions of a new generation, until what their accounts had before is in the store.
@@ -186,6 +189,7 @@ impl Worker {
             pace,
             projection: Projection::default(),
             owned: BTreeMap::new(),
+            traced: Vec::new(),
             moved: false,
             trail: None,
             waiting: BTreeSet::new(),
@@ -309,12 +313,13 @@ impl Worker {
                 }
                 self.moved = true;
                 self.send_pushes().await;
+                self.traced.drain(..).for_each(Span::end);
                 self.arm();
                 metrics::observe_applied(records, begun.elapsed());
                 self.progress.send_modify(|progress| progress.applied += records);
             }
         }
-        metrics::observe_owned(self.owned.len());
+        metrics::observe_owned(self.owned.len() + self.waiting.len());
         let waits = self.shadow && !self.waiting.is_empty();
         let caught_up = !self.owned.is_empty() && !waits && self.owned.values().all(|owned| owned.next >= owned.end_at_start);
         if caught_up && self.projection.replaying {
@@ -369,15 +374,21 @@ impl Worker {
                 }
                 _ => {}
             }
-            events.push((record, event));
+            let trace = event::trace(&record.payload).and_then(|from| traces::follow(traces::Step::Apply, &from));
+            events.push((record, event, trace));
         }
         if !needs.is_empty() {
             self.load(needs).await?;
         }
-        for (record, event) in events {
+        for (record, event, trace) in events {
+            let pushed = self.projection.pushes.len();
             let at = Seq::at(generation, record.offset);
             if let Some(step) = self.projection.apply(at, event, &record.payload) {
                 self.step(step).await?;
+            }
+            if let Some(trace) = trace {
+                self.trace_pushes(pushed, &trace.context());
+                self.traced.push(trace);
             }
             let quiet = self.is_quiet(tp, record);
             if quiet {
@@ -392,6 +403,15 @@ impl Worker {
         }
         self.record().await?;
         Ok(fence)
+    }
+
+    /// The items from the `from`th push on belong to a traced message.
+    fn trace_pushes(&mut self, from: usize, context: &TraceContext) {
+        for (_, push) in self.projection.pushes.iter_mut().skip(from) {
+            if let Push::Item { trace, .. } = push {
+                *trace = Some(Box::new(*context));
+            }
+        }
     }
 
     /// Metadata goes to the log in batches, which a position waits for as it does for receipts.

@@ -1,11 +1,14 @@
 //! Log and stores of the cluster profile.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::config::{Config, Cql, Kafka, SaslMechanism};
+use crate::limits;
 use crate::log::Follow;
 use crate::log::kafka as log;
-use crate::server::{Backends, ServerError, View};
+use crate::metrics;
+use crate::server::{Backends, ServerError, View, to_own};
 use crate::store::cql as store;
 
 impl From<log::KafkaOpenError> for ServerError {
@@ -24,7 +27,7 @@ impl From<store::CqlOpenError> for ServerError {
 pub fn kafka_options(kafka: &Kafka) -> log::KafkaOptions {
     let mut options = log::KafkaOptions::new(kafka.brokers.clone());
     options.prefix.clone_from(&kafka.prefix);
-    options.session_timeout = std::time::Duration::from_millis(kafka.session_timeout_ms);
+    options.session_timeout = Duration::from_millis(kafka.session_timeout_ms);
     options.tls =
         kafka.tls.as_ref().map(|tls| log::KafkaTls { ca_file: tls.ca.clone(), cert_file: tls.cert.clone(), key_file: tls.key.clone() });
     options.sasl = kafka.sasl.as_ref().map(|sasl| log::KafkaSasl {
@@ -69,5 +72,22 @@ pub(super) async fn open(config: &Config) -> Result<Backends, ServerError> {
         tracing::info!(keyspace = %cql.keyspace, mirror = %keyspace, "two keyspaces are kept");
         view = View::two([store.clone(), other], log.as_ref());
     }
-    Ok(Backends { log, delivery: store.clone(), directory: store.clone(), keys: store, view, pushes })
+    let tasks = vec![tokio::spawn(measure_topics(Arc::clone(&log)))];
+    Ok(Backends { log, delivery: store.clone(), directory: store.clone(), keys: store, view, pushes, tasks })
+}
+
+/// What copies and leaders are missing, and how many partitions want an owner, for metrics: every process says it, so that it is known while
+/// one lives.
+async fn measure_topics(log: Arc<log::KafkaLog>) {
+    let mut every = tokio::time::interval(Duration::from_millis(limits::CLUSTER_LAG_LOOK_MS));
+    every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        every.tick().await;
+        // Topics grow while the process runs.
+        metrics::observe_to_own(to_own(log.as_ref()));
+        // What can't be looked at leaves the last figures as they are.
+        if let Ok(log::Replicas { under_replicated, leaderless }) = log.replicas().await {
+            metrics::observe_replicas(under_replicated, leaderless);
+        }
+    }
 }

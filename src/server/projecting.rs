@@ -48,6 +48,7 @@ pub(super) fn spawn(
                 outcome = worker.run(stop.clone()) => outcome,
                 () = forward => unreachable!("forwarding never ends"),
             };
+            metrics::observe_owned(0);
             outer.send_modify(|progress| progress.caught_up = false);
             match outcome {
                 Ok(()) => return,

@@ -13,6 +13,9 @@ use crate::limits;
 
 /// The version byte before every event; another one is refused, never guessed.
 pub const VERSION: u8 = 1;
+/// The byte before an event whose message is traced: a [`TraceContext`] (24 bytes), then what else stands behind [`VERSION`]. Binaries from
+/// before traces refuse it, so they must be gone before traces are turned on.
+pub const TRACED: u8 = 2;
 
 /// A record that is not an event of this version. Retrying never helps.
 #[derive(Debug, thiserror::Error)]
@@ -26,6 +29,9 @@ pub enum DecodeError {
     /// The bytes are not an event.
     #[error("the record is not an event: {0}")]
     Malformed(#[from] bincode::error::DecodeError),
+    /// Traced, and cut off.
+    #[error("the record ends within its trace")]
+    Trace,
     /// Bytes after the event.
     #[error("{0} bytes after the event")]
     Trailing(usize),
@@ -49,22 +55,46 @@ pub fn encode_into<E: Encode>(event: &E, out: &mut Vec<u8>) {
 
 /// An event, its byte slices borrowed from `bytes`.
 pub fn decode<'a, E: BorrowDecode<'a, ()>>(bytes: &'a [u8]) -> Result<E, DecodeError> {
-    let (&version, rest) = bytes.split_first().ok_or(DecodeError::Empty)?;
-    if version != VERSION {
-        return Err(DecodeError::Version(version));
-    }
+    let rest = body(bytes)?;
     let (event, used) = bincode::borrow_decode_from_slice(rest, CONFIG)?;
     if used == rest.len() { Ok(event) } else { Err(DecodeError::Trailing(rest.len() - used)) }
 }
 
 /// An event that owns all it has.
 pub fn decode_owned<E: Decode<()>>(bytes: &[u8]) -> Result<E, DecodeError> {
-    let (&version, rest) = bytes.split_first().ok_or(DecodeError::Empty)?;
-    if version != VERSION {
-        return Err(DecodeError::Version(version));
-    }
+    let rest = body(bytes)?;
     let (event, used) = bincode::decode_from_slice(rest, CONFIG)?;
     if used == rest.len() { Ok(event) } else { Err(DecodeError::Trailing(rest.len() - used)) }
+}
+
+/// What ties the steps of one traced message together: W3C Trace Context's trace id and parent id, in 24 bytes. Random numbers, no names. That it
+/// is there means that the message is sampled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub struct TraceContext {
+    /// The message's.
+    pub trace: [u8; TRACE_ID],
+    /// The step's from which the next one follows.
+    pub span: [u8; SPAN_ID],
+}
+
+const TRACE_ID: usize = 16;
+const SPAN_ID: usize = 8;
+
+/// Without what stands before the event.
+fn body(bytes: &[u8]) -> Result<&[u8], DecodeError> {
+    match bytes.split_first().ok_or(DecodeError::Empty)? {
+        (&VERSION, rest) => Ok(rest),
+        (&TRACED, rest) => rest.get(TRACE_ID + SPAN_ID..).ok_or(DecodeError::Trace),
+        (&version, _) => Err(DecodeError::Version(version)),
+    }
+}
+
+/// The context of a record whose message is traced.
+pub fn trace(bytes: &[u8]) -> Option<TraceContext> {
+    let (&TRACED, rest) = bytes.split_first()? else { return None };
+    let (&trace, rest) = rest.split_first_chunk()?;
+    let (&span, _) = rest.split_first_chunk()?;
+    Some(TraceContext { trace, span })
 }
 
 /// Topic `inbox`, keyed by the recipient account.
@@ -182,8 +212,9 @@ pub struct SealedEnvelope<'a> {
 }
 
 /// Writes an `EnvelopesAccepted` event without a copy of its contents: each is appended in place by the caller's
-/// function. The bytes are those of [`encode`]; a test holds them together.
+/// function. The bytes are those of [`encode`], behind the context if there is one; a test holds them together.
 pub fn encode_accepted<T>(
+    trace: Option<&TraceContext>,
     head: &EnvelopesAccepted<'_>,
     envelopes: &[T],
     sealed_len: impl Fn(&T) -> usize,
@@ -192,7 +223,14 @@ pub fn encode_accepted<T>(
 ) -> Bytes {
     let contents: usize = envelopes.iter().map(|e| sealed_len(e) + 12).sum();
     let mut out = Vec::with_capacity(96 + contents);
-    out.push(VERSION);
+    match trace {
+        None => out.push(VERSION),
+        Some(TraceContext { trace, span }) => {
+            out.push(TRACED);
+            out.extend_from_slice(trace);
+            out.extend_from_slice(span);
+        }
+    }
     let fields = (0u32, head.recipient, head.sender, head.client_message_id, head.accepted, head.flags, envelopes.len() as u64);
     bincode::encode_into_std_write(fields, &mut out, CONFIG).expect("encoding into memory can't fail");
     for item in envelopes {
@@ -409,9 +447,30 @@ mod tests {
         let contents: [&[u8]; 3] = [b"", b"abc", &long];
         let whole = accepted(&contents);
         let head = EnvelopesAccepted { envelopes: Vec::new(), ..whole.clone() };
-        let in_place =
-            encode_accepted(&head, &whole.envelopes, |e| e.sealed.len(), |e| (e.device, e.kind), |e, out| out.extend_from_slice(e.sealed));
-        assert_eq!(in_place, encode(&InboxEvent::EnvelopesAccepted(whole)));
+        let in_place = |trace: Option<&TraceContext>| {
+            encode_accepted(
+                trace,
+                &head,
+                &whole.envelopes,
+                |e| e.sealed.len(),
+                |e| (e.device, e.kind),
+                |e, out| out.extend_from_slice(e.sealed),
+            )
+        };
+        let plain = encode(&InboxEvent::EnvelopesAccepted(whole.clone()));
+        assert_eq!((in_place(None), trace(&plain)), (plain.clone(), None), "what is not traced carries nothing");
+
+        let context = TraceContext { trace: [7; 16], span: [8; 8] };
+        let traced = in_place(Some(&context));
+        let golden: Vec<u8> = [&[TRACED][..], &[7; 16], &[8; 8], &plain[1..]].concat();
+        assert_eq!((&traced[..], trace(&traced)), (&golden[..], Some(context)));
+        assert_eq!(decode::<InboxEvent<'_>>(&traced).expect("decodes"), InboxEvent::EnvelopesAccepted(whole.clone()));
+        for cut in 1..=24 {
+            assert!(
+                matches!(decode::<InboxEvent<'_>>(&traced[..cut]), Err(DecodeError::Trace)) && trace(&traced[..cut]).is_none(),
+                "{cut}"
+            );
+        }
     }
 
     /// Golden vectors: what an older binary wrote must stay readable.

@@ -9,7 +9,7 @@ use crate::config::Expose;
 use crate::edge::Operations;
 use crate::edge::error::{ApiError, ErrorBody};
 use crate::edge::limits::Client;
-use crate::metrics::observe_process;
+use crate::metrics::{observe_disk, observe_process};
 use crate::wire::stream::Code;
 
 const TEXT: [(header::HeaderName, &str); 1] = [(header::CONTENT_TYPE, "text/plain; charset=utf-8")];
@@ -64,10 +64,10 @@ pub async fn metrics(
         }
     }
     // Rendering walks all samples: not on a thread that serves connections.
-    let exporter = operations.exporter().clone();
     let rendered = tokio::task::spawn_blocking(move || {
         observe_process();
-        exporter.render()
+        observe_disk(&operations.config().data);
+        operations.exporter().render()
     });
     let text = rendered.await.map_err(|error| ApiError::internal(&error))?;
     Ok((StatusCode::OK, [(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response())

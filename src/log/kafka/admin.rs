@@ -9,6 +9,7 @@ use rdkafka::admin::{
 };
 use rdkafka::client::DefaultClientContext;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
+use rdkafka::metadata::MetadataPartition;
 
 use crate::ids::Offset;
 use crate::limits;
@@ -155,6 +156,12 @@ pub struct KafkaCluster {
     pub topics: Vec<KafkaTopic>,
 }
 
+/// How many of these miss a copy that is in sync, and how many a leader.
+pub(super) fn missing(partitions: &[MetadataPartition]) -> (usize, usize) {
+    let under_replicated = partitions.iter().filter(|partition| partition.isr().len() < partition.replicas().len()).count();
+    (under_replicated, partitions.iter().filter(|partition| partition.leader() < 0).count())
+}
+
 /// What the cluster has of our topics, and how they are set. Changes nothing.
 pub async fn describe_topics(options: &KafkaOptions) -> Result<KafkaCluster, KafkaAdminError> {
     let asked = Asked::new(options)?;
@@ -212,12 +219,13 @@ impl Asked {
                 continue;
             };
             let partitions = found.partitions();
+            let (under_replicated, leaderless) = missing(partitions);
             topics.push(KafkaTopic {
                 topic,
                 partitions: partitions.len(),
                 replication: partitions.iter().map(|partition| partition.replicas().len()).min().unwrap_or(0),
-                under_replicated: partitions.iter().filter(|partition| partition.isr().len() < partition.replicas().len()).count(),
-                leaderless: partitions.iter().filter(|partition| partition.leader() < 0).count(),
+                under_replicated,
+                leaderless,
                 settings: BTreeMap::new(),
                 overrides: BTreeMap::new(),
             });

@@ -60,6 +60,15 @@ pub struct KafkaLog {
     running: Mutex<Option<Running>>,
 }
 
+/// What the partitions of our topics miss.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Replicas {
+    /// Partitions of which fewer copies are in sync than there are.
+    pub under_replicated: usize,
+    /// Partitions that nobody leads.
+    pub leaderless: usize,
+}
+
 struct Running {
     acks: JoinHandle<()>,
     dispatcher: tokio::task::JoinHandle<()>,
@@ -108,6 +117,25 @@ impl KafkaLog {
         layout::look(&log).await.map_err(|error| KafkaOpenError::Layout(error.to_string()))?;
         tokio::spawn(layout::follow(Arc::downgrade(&log), log.closed.clone()));
         Ok(log)
+    }
+
+    /// Which copies and leaders its topics miss. Changes nothing.
+    pub async fn replicas(&self) -> Result<Replicas, ReadError> {
+        let (producer, options) = (Arc::clone(&self.producer), self.options.clone());
+        let asked = tokio::task::spawn_blocking(move || {
+            let call = Duration::from_millis(limits::KAFKA_CALL_MS);
+            // All topics: asking for one that is not there could make it, if the cluster is set up so.
+            let metadata =
+                producer.driver.client().fetch_metadata(None, call).map_err(|error| ReadError::Unavailable(error.to_string()))?;
+            let names = Topic::ON_CLUSTER.map(|topic| options.topic(topic));
+            let ours = metadata.topics().iter().filter(|topic| names.iter().any(|name| name == topic.name()));
+            let sums = ours.map(|topic| admin::missing(topic.partitions()));
+            Ok(sums.fold(Replicas::default(), |all, (under_replicated, leaderless)| Replicas {
+                under_replicated: all.under_replicated + under_replicated,
+                leaderless: all.leaderless + leaderless,
+            }))
+        });
+        asked.await.unwrap_or(Err(ReadError::Closed))
     }
 
     fn known(&self, of: TopicPartition) -> Result<(), ReadError> {
