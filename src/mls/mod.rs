@@ -1,0 +1,5 @@
+//! What both sides need of MLS (RFC 9420): its cryptography, who a leaf belongs to, and the rules of groups. No I/O, and nothing
+//! here holds a private key: the server validates with it, members decide with it.
+
+pub mod crypto;
+
