@@ -28,11 +28,8 @@ use crate::clock::Random;
 pub const DEFAULT_SUITE: Ciphersuite = Ciphersuite::MLS_128_DHKEMX25519_AES128GCM_SHA256_Ed25519;
 
 /// Every suite that this provider offers, the default first.
-pub const SUITES: [Ciphersuite; 3] = [
-    DEFAULT_SUITE,
-    Ciphersuite::MLS_128_DHKEMX25519_CHACHA20POLY1305_SHA256_Ed25519,
-    Ciphersuite::MLS_128_DHKEMP256_AES128GCM_SHA256_P256,
-];
+pub const SUITES: [Ciphersuite; 3] =
+    [DEFAULT_SUITE, Ciphersuite::MLS_128_DHKEMX25519_CHACHA20POLY1305_SHA256_Ed25519, Ciphersuite::MLS_128_DHKEMP256_AES128GCM_SHA256_P256];
 
 /// The cryptography and randomness of MLS. Copies share the same source of randomness.
 #[derive(Clone, Copy)]

@@ -1,0 +1,271 @@
+//! What openmls keeps, in a [`StateTx`]: it is written by the transaction that it belongs to, together with cursor and messages, or not
+//! at all. Values are CBOR: it names its fields, so that a later openmls can add some.
+
+use openmls_traits::storage::{CURRENT_VERSION, Entity, Key, StorageProvider, traits};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use zeroize::{Zeroize as _, Zeroizing};
+
+use crate::client::core::state::{MlsKind, StateKey, StateTx, StorageError};
+
+const V: u16 = CURRENT_VERSION;
+
+/// Storage of openmls over one transaction.
+pub(super) struct Storage<'t, 's>(pub &'t StateTx<'s>);
+
+type Done<T = ()> = Result<T, StorageError>;
+
+fn damaged(error: impl std::fmt::Display) -> StorageError {
+    StorageError(format!("stored MLS state: {error}"))
+}
+
+/// Bytes in the making. What they leave behind when they grow is wiped, since they may be secret.
+#[derive(Default)]
+struct SecretBytes(Zeroizing<Vec<u8>>);
+
+impl std::io::Write for SecretBytes {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let needed = self.0.len() + bytes.len();
+        if needed > self.0.capacity() {
+            let mut larger = Zeroizing::new(Vec::with_capacity(needed.max(self.0.capacity() * 2).max(256)));
+            larger.extend_from_slice(&self.0);
+            self.0.zeroize();
+            self.0 = larger;
+        }
+        self.0.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+fn encode(value: &impl Serialize) -> Done<Vec<u8>> {
+    let mut bytes = SecretBytes::default();
+    ciborium::into_writer(value, &mut bytes).map_err(damaged)?;
+    Ok(std::mem::take(&mut *bytes.0))
+}
+
+fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Done<T> {
+    ciborium::from_reader(bytes).map_err(damaged)
+}
+
+impl Storage<'_, '_> {
+    fn key(&self, kind: MlsKind, keys: &[&dyn ErasedKey]) -> Done<StateKey> {
+        let mut key = Vec::new();
+        for part in keys {
+            key.extend_from_slice(&part.encoded()?);
+        }
+        Ok(StateKey::Mls { kind, key })
+    }
+
+    fn put(&self, kind: MlsKind, keys: &[&dyn ErasedKey], value: &impl Serialize) -> Done {
+        self.0.put(self.key(kind, keys)?, encode(value)?);
+        Ok(())
+    }
+
+    fn read<T: DeserializeOwned>(&self, kind: MlsKind, keys: &[&dyn ErasedKey]) -> Done<Option<T>> {
+        self.0.get(&self.key(kind, keys)?)?.map(|bytes| decode(&bytes)).transpose()
+    }
+
+    fn list<T: DeserializeOwned>(&self, kind: MlsKind, keys: &[&dyn ErasedKey]) -> Done<Vec<T>> {
+        Ok(self.read(kind, keys)?.unwrap_or_default())
+    }
+
+    fn remove(&self, kind: MlsKind, keys: &[&dyn ErasedKey]) -> Done {
+        self.0.delete(self.key(kind, keys)?);
+        Ok(())
+    }
+
+    /// Proposal references are kept as their encodings, so that they need no type to be compared.
+    fn refs(&self, group: &dyn ErasedKey) -> Done<Vec<Vec<u8>>> {
+        self.list(MlsKind::ProposalRefs, &[group])
+    }
+}
+
+/// A key of any of openmls's types.
+trait ErasedKey {
+    fn encoded(&self) -> Done<Vec<u8>>;
+}
+
+impl<T: Key<V>> ErasedKey for T {
+    fn encoded(&self) -> Done<Vec<u8>> {
+        encode(self)
+    }
+}
+
+/// A number as a part of a key.
+struct Index(u32);
+
+impl ErasedKey for Index {
+    fn encoded(&self) -> Done<Vec<u8>> {
+        encode(&self.0)
+    }
+}
+
+fn owned<T: Entity<V>>(value: Option<T>) -> Done<Option<T>> {
+    Ok(value)
+}
+
+/// One value for each key: how it is written, read and removed.
+macro_rules! values {
+    ($($kind:ident: $key:ident / $value:ident => $write:ident $read:ident $remove:ident;)*) => {
+        $(
+            fn $write<K: traits::$key<V>, E: traits::$value<V>>(&self, key: &K, value: &E) -> Done {
+                self.put(MlsKind::$kind, &[key], value)
+            }
+            values!(@read $kind $key $value $read);
+            fn $remove<K: traits::$key<V>>(&self, key: &K) -> Done {
+                self.remove(MlsKind::$kind, &[key])
+            }
+        )*
+    };
+    (@read $kind:ident $key:ident $value:ident $read:ident) => {
+        fn $read<K: traits::$key<V>, E: traits::$value<V>>(&self, key: &K) -> Done<Option<E>> {
+            owned(self.read(MlsKind::$kind, &[key])?)
+        }
+    };
+}
+
+impl StorageProvider<V> for Storage<'_, '_> {
+    type Error = StorageError;
+
+    values! {
+        JoinConfig: GroupId / MlsGroupJoinConfig => write_mls_join_config mls_group_join_config delete_group_config;
+        Tree: GroupId / TreeSync => write_tree tree delete_tree;
+        InterimTranscriptHash: GroupId / InterimTranscriptHash => write_interim_transcript_hash interim_transcript_hash delete_interim_transcript_hash;
+        GroupContext: GroupId / GroupContext => write_context group_context delete_context;
+        ConfirmationTag: GroupId / ConfirmationTag => write_confirmation_tag confirmation_tag delete_confirmation_tag;
+        MessageSecrets: GroupId / MessageSecrets => write_message_secrets message_secrets delete_message_secrets;
+        ResumptionPskStore: GroupId / ResumptionPskStore => write_resumption_psk_store resumption_psk_store delete_all_resumption_psk_secrets;
+        OwnLeafIndex: GroupId / LeafNodeIndex => write_own_leaf_index own_leaf_index delete_own_leaf_index;
+        GroupEpochSecrets: GroupId / GroupEpochSecrets => write_group_epoch_secrets group_epoch_secrets delete_group_epoch_secrets;
+        SignatureKeyPair: SignaturePublicKey / SignatureKeyPair => write_signature_key_pair signature_key_pair delete_signature_key_pair;
+        KeyPackage: HashReference / KeyPackage => write_key_package key_package delete_key_package;
+    }
+
+    fn write_group_state<E: traits::GroupState<V>, K: traits::GroupId<V>>(&self, key: &K, value: &E) -> Done {
+        self.put(MlsKind::GroupState, &[key], value)
+    }
+
+    fn group_state<E: traits::GroupState<V>, K: traits::GroupId<V>>(&self, key: &K) -> Done<Option<E>> {
+        self.read(MlsKind::GroupState, &[key])
+    }
+
+    fn delete_group_state<K: traits::GroupId<V>>(&self, key: &K) -> Done {
+        self.remove(MlsKind::GroupState, &[key])
+    }
+
+    fn write_encryption_key_pair<K: traits::EncryptionKey<V>, E: traits::HpkeKeyPair<V>>(&self, key: &K, value: &E) -> Done {
+        self.put(MlsKind::EncryptionKeyPair, &[key], value)
+    }
+
+    fn encryption_key_pair<E: traits::HpkeKeyPair<V>, K: traits::EncryptionKey<V>>(&self, key: &K) -> Done<Option<E>> {
+        self.read(MlsKind::EncryptionKeyPair, &[key])
+    }
+
+    fn delete_encryption_key_pair<K: traits::EncryptionKey<V>>(&self, key: &K) -> Done {
+        self.remove(MlsKind::EncryptionKeyPair, &[key])
+    }
+
+    fn write_psk<K: traits::PskId<V>, E: traits::PskBundle<V>>(&self, key: &K, value: &E) -> Done {
+        self.put(MlsKind::Psk, &[key], value)
+    }
+
+    fn psk<E: traits::PskBundle<V>, K: traits::PskId<V>>(&self, key: &K) -> Done<Option<E>> {
+        self.read(MlsKind::Psk, &[key])
+    }
+
+    fn delete_psk<K: traits::PskId<V>>(&self, key: &K) -> Done {
+        self.remove(MlsKind::Psk, &[key])
+    }
+
+    fn append_own_leaf_node<K: traits::GroupId<V>, E: traits::LeafNode<V>>(&self, key: &K, value: &E) -> Done {
+        let mut all: Vec<ciborium::Value> = self.list(MlsKind::OwnLeafNodes, &[key])?;
+        all.push(ciborium::Value::serialized(value).map_err(damaged)?);
+        self.put(MlsKind::OwnLeafNodes, &[key], &all)
+    }
+
+    fn own_leaf_nodes<K: traits::GroupId<V>, E: traits::LeafNode<V>>(&self, key: &K) -> Done<Vec<E>> {
+        self.list(MlsKind::OwnLeafNodes, &[key])
+    }
+
+    fn delete_own_leaf_nodes<K: traits::GroupId<V>>(&self, key: &K) -> Done {
+        self.remove(MlsKind::OwnLeafNodes, &[key])
+    }
+
+    fn queue_proposal<K: traits::GroupId<V>, R: traits::ProposalRef<V>, E: traits::QueuedProposal<V>>(
+        &self,
+        group: &K,
+        reference: &R,
+        proposal: &E,
+    ) -> Done {
+        let (mut refs, new) = (self.refs(group)?, encode(reference)?);
+        if !refs.contains(&new) {
+            refs.push(new);
+            self.put(MlsKind::ProposalRefs, &[group], &refs)?;
+        }
+        self.put(MlsKind::Proposal, &[group, reference], proposal)
+    }
+
+    fn queued_proposal_refs<K: traits::GroupId<V>, R: traits::ProposalRef<V>>(&self, group: &K) -> Done<Vec<R>> {
+        self.refs(group)?.iter().map(|bytes| decode(bytes)).collect()
+    }
+
+    fn queued_proposals<K: traits::GroupId<V>, R: traits::ProposalRef<V>, E: traits::QueuedProposal<V>>(
+        &self,
+        group: &K,
+    ) -> Done<Vec<(R, E)>> {
+        let mut all = Vec::new();
+        for bytes in self.refs(group)? {
+            let reference: R = decode(&bytes)?;
+            if let Some(proposal) = self.read(MlsKind::Proposal, &[group, &reference])? {
+                all.push((reference, proposal));
+            }
+        }
+        Ok(all)
+    }
+
+    fn remove_proposal<K: traits::GroupId<V>, R: traits::ProposalRef<V>>(&self, group: &K, reference: &R) -> Done {
+        let (mut refs, gone) = (self.refs(group)?, encode(reference)?);
+        refs.retain(|one| *one != gone);
+        self.put(MlsKind::ProposalRefs, &[group], &refs)?;
+        self.remove(MlsKind::Proposal, &[group, reference])
+    }
+
+    fn clear_proposal_queue<K: traits::GroupId<V>, R: traits::ProposalRef<V>>(&self, group: &K) -> Done {
+        for reference in self.queued_proposal_refs::<K, R>(group)? {
+            self.remove(MlsKind::Proposal, &[group, &reference])?;
+        }
+        self.remove(MlsKind::ProposalRefs, &[group])
+    }
+
+    fn write_encryption_epoch_key_pairs<K: traits::GroupId<V>, P: traits::EpochKey<V>, E: traits::HpkeKeyPair<V>>(
+        &self,
+        group: &K,
+        epoch: &P,
+        leaf_index: u32,
+        pairs: &[E],
+    ) -> Done {
+        self.put(MlsKind::EncryptionEpochKeyPairs, &[group, epoch, &Index(leaf_index)], &pairs)
+    }
+
+    fn encryption_epoch_key_pairs<K: traits::GroupId<V>, P: traits::EpochKey<V>, E: traits::HpkeKeyPair<V>>(
+        &self,
+        group: &K,
+        epoch: &P,
+        leaf_index: u32,
+    ) -> Done<Vec<E>> {
+        self.list(MlsKind::EncryptionEpochKeyPairs, &[group, epoch, &Index(leaf_index)])
+    }
+
+    fn delete_encryption_epoch_key_pairs<K: traits::GroupId<V>, P: traits::EpochKey<V>>(
+        &self,
+        group: &K,
+        epoch: &P,
+        leaf_index: u32,
+    ) -> Done {
+        self.remove(MlsKind::EncryptionEpochKeyPairs, &[group, epoch, &Index(leaf_index)])
+    }
+}
