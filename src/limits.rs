@@ -49,8 +49,10 @@ pub const GROUP_NAME_CHARS: usize = 100;
 pub const GROUP_ADMINS: usize = 64;
 /// One MLS commit, in bytes: adding 1,499 at once was measured at 425 KB.
 pub const COMMIT_BYTES: usize = 1024 * 1024;
-/// One MLS KeyPackage, in bytes: ours are 330; other implementations list more capabilities.
-pub const KEY_PACKAGE_BYTES: usize = 4 * 1024;
+/// One MLS KeyPackage, in bytes: ours are about 320; other implementations list more capabilities. A hundred fit into a body.
+pub const KEY_PACKAGE_BYTES: usize = 2 * 1024;
+/// Devices of one request for KeyPackages that are looked after at once: enough to share the store's syncs.
+pub const KEY_PACKAGES_AT_ONCE: usize = 128;
 /// How long a KeyPackage is valid, in seconds: the 84 days that RFC 9420's implementations accept.
 pub const KEY_PACKAGE_LIFETIME_S: u64 = 84 * 24 * 3600;
 /// How far clocks of devices and servers may differ when a KeyPackage's lifetime begins, in seconds.

@@ -106,3 +106,30 @@ fn can_join(capabilities: &Capabilities, suite: Ciphersuite) -> bool {
         && capabilities.credentials().contains(&CredentialType::Basic)
         && capabilities.extensions().contains(&ExtensionType::Unknown(PROFILE))
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::clock::{Clock as _, SeededRandom, SystemClock};
+
+    proptest! {
+        #[test]
+        fn arbitrary_bytes_are_refused(bytes in prop::collection::vec(any::<u8>(), 0..600), headed: bool) {
+            let mut bytes = bytes;
+            if headed {
+                // An MLSMessage with a KeyPackage of the default suite, as far as its head says.
+                bytes.splice(0..0, [0, 1, 0, 5, 0, 1, 0, 1]);
+            }
+            prop_assert!(check(&bytes, None, SystemClock.now(), &SeededRandom::new(1)).is_err());
+        }
+    }
+
+    #[test]
+    fn one_byte_too_many_is_too_large() {
+        let check = |length| check(&vec![0; length], None, UnixMillis(0), &SeededRandom::new(1)).map(drop);
+        assert_eq!(check(limits::KEY_PACKAGE_BYTES), Err(Invalid::Malformed));
+        assert_eq!(check(limits::KEY_PACKAGE_BYTES + 1), Err(Invalid::TooLarge));
+    }
+}
