@@ -5,4 +5,6 @@ pub mod credential;
 pub mod crypto;
 pub mod key_package;
 pub mod profile;
+pub mod public;
 pub mod rules;
+pub mod storage;

@@ -55,38 +55,13 @@ pub enum StateKey {
     GroupSigner(u16),
     /// The key of a group's name: 32 bytes.
     GroupNameKey(GroupId),
-    /// What openmls keeps, as CBOR: see `groups/storage.rs`.
+    /// What openmls keeps, as CBOR: see [`crate::mls::storage`].
     Mls {
         /// What it is.
-        kind: MlsKind,
+        kind: crate::mls::storage::Kind,
         /// Its key: CBOR of openmls's keys, one after the other.
         key: Vec<u8>,
     },
-}
-
-/// What openmls keeps. The numbers stand in databases.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-#[repr(u8)]
-#[allow(missing_docs, reason = "they are named as in openmls")]
-pub enum MlsKind {
-    JoinConfig = 1,
-    OwnLeafNodes = 2,
-    ProposalRefs = 3,
-    Proposal = 4,
-    Tree = 5,
-    InterimTranscriptHash = 6,
-    GroupContext = 7,
-    ConfirmationTag = 8,
-    GroupState = 9,
-    MessageSecrets = 10,
-    ResumptionPskStore = 11,
-    OwnLeafIndex = 12,
-    GroupEpochSecrets = 13,
-    SignatureKeyPair = 14,
-    EncryptionKeyPair = 15,
-    EncryptionEpochKeyPairs = 16,
-    KeyPackage = 17,
-    Psk = 18,
 }
 
 /// Where state rests. Reads see the last commit; on a database, the transaction that is open.

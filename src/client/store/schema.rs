@@ -75,7 +75,7 @@ CREATE TABLE events (position INTEGER PRIMARY KEY AUTOINCREMENT, at_ms INTEGER N
 ";
 
 const V2: &str = "
--- MLS: what core/state.rs keeps of groups. kind: MlsKind there.
+-- MLS: what core/state.rs keeps of groups. kind: mls/storage.rs.
 CREATE TABLE mls (kind INTEGER NOT NULL, key BLOB NOT NULL, value BLOB NOT NULL, created_ms INTEGER NOT NULL, PRIMARY KEY (kind, key));
 CREATE TABLE group_signers (suite INTEGER PRIMARY KEY, key BLOB NOT NULL);
 CREATE TABLE group_name_keys (mls_group BLOB PRIMARY KEY, key BLOB NOT NULL) WITHOUT ROWID;

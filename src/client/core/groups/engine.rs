@@ -9,9 +9,10 @@ use openmls::prelude::{
     UnknownExtension, WelcomeError,
 };
 
+use zeroize::Zeroizing;
+
 use super::group::Group;
 use super::signer::Signer;
-use super::storage::Storage;
 use super::{Created, Error, Outgoing, group_info};
 use crate::client::core::state::{StateKey, StateTx};
 use crate::clock::{Random, UnixMillis};
@@ -21,17 +22,35 @@ use crate::mls::crypto::{Crypto, DEFAULT_SUITE};
 use crate::mls::key_package;
 use crate::mls::profile::{self, NAME_KEY, NameKey, PROFILE, Profile};
 use crate::mls::rules::{Denied, Roster};
+use crate::mls::storage::{self, Backend, Kind, Storage};
+
+/// The state of a transaction, as openmls's storage rests on it.
+pub(super) struct TxState<'t, 's>(&'t StateTx<'s>);
+
+impl Backend for TxState<'_, '_> {
+    fn get(&self, kind: Kind, key: &[u8]) -> Result<Option<Zeroizing<Vec<u8>>>, storage::Error> {
+        self.0.get(&StateKey::Mls { kind, key: key.to_vec() }).map_err(|error| storage::Error(error.0))
+    }
+
+    fn put(&self, kind: Kind, key: Vec<u8>, mut value: Zeroizing<Vec<u8>>) {
+        self.0.put(StateKey::Mls { kind, key }, std::mem::take(&mut *value));
+    }
+
+    fn delete(&self, kind: Kind, key: Vec<u8>) {
+        self.0.delete(StateKey::Mls { kind, key });
+    }
+}
 
 /// What openmls works with: one transaction, and randomness.
 pub(super) struct Provider<'t, 's> {
     crypto: Crypto<'t>,
-    storage: Storage<'t, 's>,
+    storage: Storage<TxState<'t, 's>>,
 }
 
 impl<'t, 's> OpenMlsProvider for Provider<'t, 's> {
     type CryptoProvider = Crypto<'t>;
     type RandProvider = Crypto<'t>;
-    type StorageProvider = Storage<'t, 's>;
+    type StorageProvider = Storage<TxState<'t, 's>>;
 
     fn storage(&self) -> &Self::StorageProvider {
         &self.storage
@@ -59,7 +78,7 @@ impl<'t, 's> Engine<'t, 's> {
     /// Over a transaction of a registered device.
     pub fn new(tx: &'t StateTx<'s>, random: &'t dyn Random) -> Result<Self, Error> {
         let own = tx.own_address()?.ok_or(Error::NotMember)?;
-        let provider = Provider { crypto: Crypto::new(random), storage: Storage(tx) };
+        let provider = Provider { crypto: Crypto::new(random), storage: Storage(TxState(tx)) };
         Ok(Self { tx, random, provider, own, suite: DEFAULT_SUITE })
     }
 
@@ -133,7 +152,7 @@ impl<'t, 's> Engine<'t, 's> {
         let MlsMessageBodyIn::Welcome(welcome) = message(welcome)? else { return Err(Error::invalid("not a Welcome")) };
         let processed = ProcessedWelcome::new_from_welcome(&self.provider, &config(), welcome).map_err(|error| match error {
             WelcomeError::NoMatchingKeyPackage | WelcomeError::JoinerSecretNotFound => Error::NotForUs,
-            WelcomeError::StorageError(error) => Error::Storage(error),
+            WelcomeError::StorageError(error) => error.into(),
             other => Error::invalid(other),
         })?;
         // Read before the signature is checked, used after it.

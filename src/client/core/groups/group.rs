@@ -270,7 +270,7 @@ impl Group {
             return Err(Error::Past);
         }
         let processed = self.mls.process_message(&engine.provider, message).map_err(|error| match error {
-            ProcessMessageError::StorageError(error) => Error::Storage(error),
+            ProcessMessageError::StorageError(error) => error.into(),
             ProcessMessageError::ValidationError(ValidationError::NoPastEpochData) => Error::Past,
             other => Error::invalid(other),
         })?;

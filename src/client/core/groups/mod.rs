@@ -9,7 +9,6 @@ mod engine;
 mod group;
 mod group_info;
 mod signer;
-mod storage;
 
 pub use engine::Engine;
 pub use group::{Change, Group, Received};
@@ -17,7 +16,7 @@ pub use group::{Change, Group, Received};
 use super::state::StorageError;
 use crate::mls::profile::{self, NameKey};
 use crate::mls::rules::Denied;
-use crate::mls::{key_package, rules};
+use crate::mls::{key_package, rules, storage};
 
 /// Why an operation on a group did not work. After any of them the transaction must be dropped.
 #[derive(Debug, thiserror::Error)]
@@ -58,6 +57,12 @@ pub enum Error {
     /// did, this member and the others may have parted, and it has to join again.
     #[error("not valid in this group: {0}")]
     Invalid(String),
+}
+
+impl From<storage::Error> for Error {
+    fn from(error: storage::Error) -> Self {
+        Self::Storage(StorageError(error.to_string()))
+    }
 }
 
 impl Error {

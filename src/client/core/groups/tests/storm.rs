@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use proptest::prelude::*;
 
 use super::*;
+use crate::mls::public::{Public, Refused};
 
 /// What may happen, each to a device by its number.
 #[derive(Debug, Clone)]
@@ -42,14 +43,29 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     proptest::collection::vec(step, 1..40)
 }
 
-/// A server that orders: every message in one log, and what a joiner needs of the latest epoch.
+/// A server that orders and checks, from public state alone: every message in one log, and what a joiner needs of the latest epoch.
 struct Server {
+    public: Public,
     log: Vec<Vec<u8>>,
     /// The positions of messages, and the epochs they were written in.
     messages: BTreeMap<usize, u64>,
-    epoch: u64,
     group_info: Vec<u8>,
-    tree: Vec<u8>,
+}
+
+impl Server {
+    /// Takes a commit if it is valid and the first of its epoch.
+    fn take(&mut self, sent: &Outgoing) -> Result<(), Refused> {
+        let checked = self.public.check(&sent.commit, &SeededRandom::new(1))?;
+        self.public.merge(checked)?;
+        assert!(self.public.epoch() == sent.epoch && self.public.matches(&sent.group_info));
+        self.group_info.clone_from(&sent.group_info);
+        self.log.push(sent.commit.clone());
+        Ok(())
+    }
+
+    fn tree(&self) -> Vec<u8> {
+        self.public.tree().expect("a tree")
+    }
 }
 
 struct Member {
@@ -74,10 +90,8 @@ impl World {
             .collect();
         let created = members[0].device.create("Sturm");
         members[0].cursor = Some(0);
-        Self {
-            server: Server { log: Vec::new(), messages: BTreeMap::new(), epoch: 0, group_info: created.group_info, tree: created.tree },
-            members,
-        }
+        let public = Public::create(&created.group_info, &created.tree, &SeededRandom::new(1)).expect("a sound group");
+        Self { server: Server { public, log: Vec::new(), messages: BTreeMap::new(), group_info: created.group_info }, members }
     }
 
     /// Takes in everything up to the end of the log.
@@ -115,19 +129,21 @@ impl World {
 
     /// Sends a prepared commit to the server, which takes it if it is the first of its epoch.
     fn submit(&mut self, who: usize, sent: &Outgoing) -> bool {
-        let accepted = sent.epoch == self.server.epoch + 1;
+        let verdict = self.server.take(sent);
         let member = &mut self.members[who];
-        if accepted {
-            member.device.accepted();
-            self.server.tree = member.device.tree();
-            self.server.epoch = sent.epoch;
-            self.server.group_info.clone_from(&sent.group_info);
-            self.server.log.push(sent.commit.clone());
-            member.cursor = Some(self.server.log.len());
-        } else {
-            member.device.in_group(|group, engine| group.refused(engine)).expect("it was pending");
+        match verdict {
+            Ok(()) => {
+                member.device.accepted();
+                member.cursor = Some(self.server.log.len());
+                true
+            }
+            Err(Refused::Epoch { have, got }) => {
+                assert_eq!(have, got + 1, "somebody was first");
+                member.device.in_group(|group, engine| group.refused(engine)).expect("it was pending");
+                false
+            }
+            Err(error) => panic!("the server refuses what a member may do: {error}"),
         }
-        accepted
     }
 
     fn commit(&mut self, who: usize, change: &Change<'_>) -> Option<Outgoing> {
@@ -155,10 +171,10 @@ impl World {
         }
         let package = self.members[whom].device.key_package();
         if let Some(sent) = self.commit(by, &Change { add: vec![(address, &package)], ..Change::default() }) {
-            let (tree, end) = (self.server.tree.clone(), self.server.log.len());
+            let (tree, end) = (self.server.tree(), self.server.log.len());
             let member = &mut self.members[whom];
             member.device.join(&sent.welcome.expect("a Welcome"), &tree).expect("an invitation");
-            (member.cursor, member.since) = (Some(end), (end, self.server.epoch));
+            (member.cursor, member.since) = (Some(end), (end, self.server.public.epoch()));
         }
     }
 
@@ -181,7 +197,7 @@ impl World {
                 }
                 match member.device.in_group(|group, engine| Ok((group.encrypt(engine, &at.to_be_bytes())?, group.epoch()))) {
                     // The server takes no message that is behind what members keep keys for.
-                    Ok((_, epoch)) if epoch + (crate::limits::PAST_EPOCHS as u64) < self.server.epoch => {}
+                    Ok((_, epoch)) if epoch + (crate::limits::PAST_EPOCHS as u64) < self.server.public.epoch() => {}
                     Ok((bytes, epoch)) => {
                         self.server.log.push(bytes);
                         self.server.messages.insert(at, epoch);
@@ -209,6 +225,7 @@ impl World {
                     return;
                 }
                 if let Ok(proposal) = self.members[who].device.in_group(|group, engine| group.leave(engine)) {
+                    self.server.public.propose(&proposal, &SeededRandom::new(1)).expect("anybody may leave");
                     self.server.log.push(proposal);
                     // Somebody else commits it before anything else is written.
                     if let Some(other) = (0..DEVICES).find(|&other| other != who && self.members[other].cursor.is_some()) {
@@ -220,24 +237,21 @@ impl World {
             Step::Lose(who) => {
                 self.catch_up(who);
                 let member = &mut self.members[who];
-                if member.cursor.is_none() || self.server.epoch == 0 {
+                if member.cursor.is_none() || self.server.public.epoch() == 0 {
                     return;
                 }
                 let key = member.device.run(|engine| engine.name_key(GROUP)).expect("stored").expect("a key");
                 member.device.in_group(|_, engine| engine.load(GROUP)?.expect("a group").forget(engine)).expect("forgotten");
-                let (info, tree) = (self.server.group_info.clone(), self.server.tree.clone());
+                let (info, tree) = (self.server.group_info.clone(), self.server.tree());
                 let sent = member.device.run(|engine| {
                     let (group, sent) = engine.rejoin(&info, &tree)?;
                     engine.learn_name_key(&group, &key)?;
                     Ok(sent)
                 });
                 let sent = sent.expect("its leaf is there");
-                assert_eq!(sent.epoch, self.server.epoch + 1);
-                (self.server.epoch, self.server.group_info) = (sent.epoch, sent.group_info);
-                self.server.tree = member.device.tree();
-                self.server.log.push(sent.commit);
+                self.server.take(&sent).expect("it is the first");
                 let end = self.server.log.len();
-                (member.cursor, member.since) = (Some(end), (end, self.server.epoch));
+                (member.cursor, member.since) = (Some(end), (end, self.server.public.epoch()));
             }
         }
     }
@@ -258,7 +272,7 @@ impl World {
             assert_eq!(read, expected, "{}", member.device.address);
         }
         assert!(inside == 0 || views.len() == 1, "members have parted: {} views of {inside}", views.len());
-        assert!(views.iter().all(|view| view.0 == self.server.epoch));
+        assert!(views.iter().all(|view| view.0 == self.server.public.epoch()));
     }
 }
 

@@ -1,22 +1,62 @@
-//! What openmls keeps, in a [`StateTx`]: it is written by the transaction that it belongs to, together with cursor and messages, or not
-//! at all. Values are CBOR: it names its fields, so that a later openmls can add some.
+//! What openmls keeps of groups, as bytes by key. A member's is in its [`StateTx`](crate::client::core::state::StateTx), written by the
+//! transaction that it belongs to, together with cursor and messages, or not at all; a server's is only the public part.
+//! Values are CBOR: it names its fields, so that a later openmls can add some.
 
 use openmls_traits::storage::{CURRENT_VERSION, Entity, Key, StorageProvider, traits};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use zeroize::{Zeroize as _, Zeroizing};
 
-use crate::client::core::state::{MlsKind, StateKey, StateTx, StorageError};
+/// What openmls keeps. The numbers stand in databases.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(u8)]
+#[allow(missing_docs, reason = "they are named as in openmls")]
+pub enum Kind {
+    JoinConfig = 1,
+    OwnLeafNodes = 2,
+    ProposalRefs = 3,
+    Proposal = 4,
+    Tree = 5,
+    InterimTranscriptHash = 6,
+    GroupContext = 7,
+    ConfirmationTag = 8,
+    GroupState = 9,
+    MessageSecrets = 10,
+    ResumptionPskStore = 11,
+    OwnLeafIndex = 12,
+    GroupEpochSecrets = 13,
+    SignatureKeyPair = 14,
+    EncryptionKeyPair = 15,
+    EncryptionEpochKeyPairs = 16,
+    KeyPackage = 17,
+    Psk = 18,
+}
+
+/// Where the bytes are. Changes are seen by the reads behind them.
+pub trait Backend {
+    /// The value at a key.
+    fn get(&self, kind: Kind, key: &[u8]) -> Result<Option<Zeroizing<Vec<u8>>>, Error>;
+    /// Sets a value.
+    fn put(&self, kind: Kind, key: Vec<u8>, value: Zeroizing<Vec<u8>>);
+    /// Removes a key.
+    fn delete(&self, kind: Kind, key: Vec<u8>);
+}
+
+/// What is stored can't be read, or is not what was written.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("stored MLS state: {0}")]
+pub struct Error(pub String);
 
 const V: u16 = CURRENT_VERSION;
 
-/// Storage of openmls over one transaction.
-pub(super) struct Storage<'t, 's>(pub &'t StateTx<'s>);
+/// Storage of openmls over a backend.
+#[derive(Debug, Default)]
+pub struct Storage<B>(pub B);
 
-type Done<T = ()> = Result<T, StorageError>;
+type Done<T = ()> = Result<T, Error>;
 
-fn damaged(error: impl std::fmt::Display) -> StorageError {
-    StorageError(format!("stored MLS state: {error}"))
+fn damaged(error: impl std::fmt::Display) -> Error {
+    Error(error.to_string())
 }
 
 /// Bytes in the making. What they leave behind when they grow is wiped, since they may be secret.
@@ -41,56 +81,56 @@ impl std::io::Write for SecretBytes {
     }
 }
 
-fn encode(value: &impl Serialize) -> Done<Vec<u8>> {
+fn encode(value: &impl Serialize) -> Done<Zeroizing<Vec<u8>>> {
     let mut bytes = SecretBytes::default();
     ciborium::into_writer(value, &mut bytes).map_err(damaged)?;
-    Ok(std::mem::take(&mut *bytes.0))
+    Ok(bytes.0)
 }
 
 fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Done<T> {
     ciborium::from_reader(bytes).map_err(damaged)
 }
 
-impl Storage<'_, '_> {
-    fn key(&self, kind: MlsKind, keys: &[&dyn ErasedKey]) -> Done<StateKey> {
+impl<B: Backend> Storage<B> {
+    fn key(&self, keys: &[&dyn ErasedKey]) -> Done<Vec<u8>> {
         let mut key = Vec::new();
         for part in keys {
             key.extend_from_slice(&part.encoded()?);
         }
-        Ok(StateKey::Mls { kind, key })
+        Ok(key)
     }
 
-    fn put(&self, kind: MlsKind, keys: &[&dyn ErasedKey], value: &impl Serialize) -> Done {
-        self.0.put(self.key(kind, keys)?, encode(value)?);
+    fn put(&self, kind: Kind, keys: &[&dyn ErasedKey], value: &impl Serialize) -> Done {
+        self.0.put(kind, self.key(keys)?, encode(value)?);
         Ok(())
     }
 
-    fn read<T: DeserializeOwned>(&self, kind: MlsKind, keys: &[&dyn ErasedKey]) -> Done<Option<T>> {
-        self.0.get(&self.key(kind, keys)?)?.map(|bytes| decode(&bytes)).transpose()
+    fn read<T: DeserializeOwned>(&self, kind: Kind, keys: &[&dyn ErasedKey]) -> Done<Option<T>> {
+        self.0.get(kind, &self.key(keys)?)?.map(|bytes| decode(&bytes)).transpose()
     }
 
-    fn list<T: DeserializeOwned>(&self, kind: MlsKind, keys: &[&dyn ErasedKey]) -> Done<Vec<T>> {
+    fn list<T: DeserializeOwned>(&self, kind: Kind, keys: &[&dyn ErasedKey]) -> Done<Vec<T>> {
         Ok(self.read(kind, keys)?.unwrap_or_default())
     }
 
-    fn remove(&self, kind: MlsKind, keys: &[&dyn ErasedKey]) -> Done {
-        self.0.delete(self.key(kind, keys)?);
+    fn remove(&self, kind: Kind, keys: &[&dyn ErasedKey]) -> Done {
+        self.0.delete(kind, self.key(keys)?);
         Ok(())
     }
 
     /// Proposal references are kept as their encodings, so that they need no type to be compared.
     fn refs(&self, group: &dyn ErasedKey) -> Done<Vec<Vec<u8>>> {
-        self.list(MlsKind::ProposalRefs, &[group])
+        self.list(Kind::ProposalRefs, &[group])
     }
 }
 
 /// A key of any of openmls's types.
 trait ErasedKey {
-    fn encoded(&self) -> Done<Vec<u8>>;
+    fn encoded(&self) -> Done<Zeroizing<Vec<u8>>>;
 }
 
 impl<T: Key<V>> ErasedKey for T {
-    fn encoded(&self) -> Done<Vec<u8>> {
+    fn encoded(&self) -> Done<Zeroizing<Vec<u8>>> {
         encode(self)
     }
 }
@@ -99,7 +139,7 @@ impl<T: Key<V>> ErasedKey for T {
 struct Index(u32);
 
 impl ErasedKey for Index {
-    fn encoded(&self) -> Done<Vec<u8>> {
+    fn encoded(&self) -> Done<Zeroizing<Vec<u8>>> {
         encode(&self.0)
     }
 }
@@ -113,23 +153,23 @@ macro_rules! values {
     ($($kind:ident: $key:ident / $value:ident => $write:ident $read:ident $remove:ident;)*) => {
         $(
             fn $write<K: traits::$key<V>, E: traits::$value<V>>(&self, key: &K, value: &E) -> Done {
-                self.put(MlsKind::$kind, &[key], value)
+                self.put(Kind::$kind, &[key], value)
             }
             values!(@read $kind $key $value $read);
             fn $remove<K: traits::$key<V>>(&self, key: &K) -> Done {
-                self.remove(MlsKind::$kind, &[key])
+                self.remove(Kind::$kind, &[key])
             }
         )*
     };
     (@read $kind:ident $key:ident $value:ident $read:ident) => {
         fn $read<K: traits::$key<V>, E: traits::$value<V>>(&self, key: &K) -> Done<Option<E>> {
-            owned(self.read(MlsKind::$kind, &[key])?)
+            owned(self.read(Kind::$kind, &[key])?)
         }
     };
 }
 
-impl StorageProvider<V> for Storage<'_, '_> {
-    type Error = StorageError;
+impl<B: Backend> StorageProvider<V> for Storage<B> {
+    type Error = Error;
 
     values! {
         JoinConfig: GroupId / MlsGroupJoinConfig => write_mls_join_config mls_group_join_config delete_group_config;
@@ -146,53 +186,53 @@ impl StorageProvider<V> for Storage<'_, '_> {
     }
 
     fn write_group_state<E: traits::GroupState<V>, K: traits::GroupId<V>>(&self, key: &K, value: &E) -> Done {
-        self.put(MlsKind::GroupState, &[key], value)
+        self.put(Kind::GroupState, &[key], value)
     }
 
     fn group_state<E: traits::GroupState<V>, K: traits::GroupId<V>>(&self, key: &K) -> Done<Option<E>> {
-        self.read(MlsKind::GroupState, &[key])
+        self.read(Kind::GroupState, &[key])
     }
 
     fn delete_group_state<K: traits::GroupId<V>>(&self, key: &K) -> Done {
-        self.remove(MlsKind::GroupState, &[key])
+        self.remove(Kind::GroupState, &[key])
     }
 
     fn write_encryption_key_pair<K: traits::EncryptionKey<V>, E: traits::HpkeKeyPair<V>>(&self, key: &K, value: &E) -> Done {
-        self.put(MlsKind::EncryptionKeyPair, &[key], value)
+        self.put(Kind::EncryptionKeyPair, &[key], value)
     }
 
     fn encryption_key_pair<E: traits::HpkeKeyPair<V>, K: traits::EncryptionKey<V>>(&self, key: &K) -> Done<Option<E>> {
-        self.read(MlsKind::EncryptionKeyPair, &[key])
+        self.read(Kind::EncryptionKeyPair, &[key])
     }
 
     fn delete_encryption_key_pair<K: traits::EncryptionKey<V>>(&self, key: &K) -> Done {
-        self.remove(MlsKind::EncryptionKeyPair, &[key])
+        self.remove(Kind::EncryptionKeyPair, &[key])
     }
 
     fn write_psk<K: traits::PskId<V>, E: traits::PskBundle<V>>(&self, key: &K, value: &E) -> Done {
-        self.put(MlsKind::Psk, &[key], value)
+        self.put(Kind::Psk, &[key], value)
     }
 
     fn psk<E: traits::PskBundle<V>, K: traits::PskId<V>>(&self, key: &K) -> Done<Option<E>> {
-        self.read(MlsKind::Psk, &[key])
+        self.read(Kind::Psk, &[key])
     }
 
     fn delete_psk<K: traits::PskId<V>>(&self, key: &K) -> Done {
-        self.remove(MlsKind::Psk, &[key])
+        self.remove(Kind::Psk, &[key])
     }
 
     fn append_own_leaf_node<K: traits::GroupId<V>, E: traits::LeafNode<V>>(&self, key: &K, value: &E) -> Done {
-        let mut all: Vec<ciborium::Value> = self.list(MlsKind::OwnLeafNodes, &[key])?;
+        let mut all: Vec<ciborium::Value> = self.list(Kind::OwnLeafNodes, &[key])?;
         all.push(ciborium::Value::serialized(value).map_err(damaged)?);
-        self.put(MlsKind::OwnLeafNodes, &[key], &all)
+        self.put(Kind::OwnLeafNodes, &[key], &all)
     }
 
     fn own_leaf_nodes<K: traits::GroupId<V>, E: traits::LeafNode<V>>(&self, key: &K) -> Done<Vec<E>> {
-        self.list(MlsKind::OwnLeafNodes, &[key])
+        self.list(Kind::OwnLeafNodes, &[key])
     }
 
     fn delete_own_leaf_nodes<K: traits::GroupId<V>>(&self, key: &K) -> Done {
-        self.remove(MlsKind::OwnLeafNodes, &[key])
+        self.remove(Kind::OwnLeafNodes, &[key])
     }
 
     fn queue_proposal<K: traits::GroupId<V>, R: traits::ProposalRef<V>, E: traits::QueuedProposal<V>>(
@@ -201,12 +241,12 @@ impl StorageProvider<V> for Storage<'_, '_> {
         reference: &R,
         proposal: &E,
     ) -> Done {
-        let (mut refs, new) = (self.refs(group)?, encode(reference)?);
+        let (mut refs, new) = (self.refs(group)?, encode(reference)?.to_vec());
         if !refs.contains(&new) {
             refs.push(new);
-            self.put(MlsKind::ProposalRefs, &[group], &refs)?;
+            self.put(Kind::ProposalRefs, &[group], &refs)?;
         }
-        self.put(MlsKind::Proposal, &[group, reference], proposal)
+        self.put(Kind::Proposal, &[group, reference], proposal)
     }
 
     fn queued_proposal_refs<K: traits::GroupId<V>, R: traits::ProposalRef<V>>(&self, group: &K) -> Done<Vec<R>> {
@@ -220,7 +260,7 @@ impl StorageProvider<V> for Storage<'_, '_> {
         let mut all = Vec::new();
         for bytes in self.refs(group)? {
             let reference: R = decode(&bytes)?;
-            if let Some(proposal) = self.read(MlsKind::Proposal, &[group, &reference])? {
+            if let Some(proposal) = self.read(Kind::Proposal, &[group, &reference])? {
                 all.push((reference, proposal));
             }
         }
@@ -228,17 +268,17 @@ impl StorageProvider<V> for Storage<'_, '_> {
     }
 
     fn remove_proposal<K: traits::GroupId<V>, R: traits::ProposalRef<V>>(&self, group: &K, reference: &R) -> Done {
-        let (mut refs, gone) = (self.refs(group)?, encode(reference)?);
+        let (mut refs, gone) = (self.refs(group)?, encode(reference)?.to_vec());
         refs.retain(|one| *one != gone);
-        self.put(MlsKind::ProposalRefs, &[group], &refs)?;
-        self.remove(MlsKind::Proposal, &[group, reference])
+        self.put(Kind::ProposalRefs, &[group], &refs)?;
+        self.remove(Kind::Proposal, &[group, reference])
     }
 
     fn clear_proposal_queue<K: traits::GroupId<V>, R: traits::ProposalRef<V>>(&self, group: &K) -> Done {
         for reference in self.queued_proposal_refs::<K, R>(group)? {
-            self.remove(MlsKind::Proposal, &[group, &reference])?;
+            self.remove(Kind::Proposal, &[group, &reference])?;
         }
-        self.remove(MlsKind::ProposalRefs, &[group])
+        self.remove(Kind::ProposalRefs, &[group])
     }
 
     fn write_encryption_epoch_key_pairs<K: traits::GroupId<V>, P: traits::EpochKey<V>, E: traits::HpkeKeyPair<V>>(
@@ -248,7 +288,7 @@ impl StorageProvider<V> for Storage<'_, '_> {
         leaf_index: u32,
         pairs: &[E],
     ) -> Done {
-        self.put(MlsKind::EncryptionEpochKeyPairs, &[group, epoch, &Index(leaf_index)], &pairs)
+        self.put(Kind::EncryptionEpochKeyPairs, &[group, epoch, &Index(leaf_index)], &pairs)
     }
 
     fn encryption_epoch_key_pairs<K: traits::GroupId<V>, P: traits::EpochKey<V>, E: traits::HpkeKeyPair<V>>(
@@ -257,7 +297,7 @@ impl StorageProvider<V> for Storage<'_, '_> {
         epoch: &P,
         leaf_index: u32,
     ) -> Done<Vec<E>> {
-        self.list(MlsKind::EncryptionEpochKeyPairs, &[group, epoch, &Index(leaf_index)])
+        self.list(Kind::EncryptionEpochKeyPairs, &[group, epoch, &Index(leaf_index)])
     }
 
     fn delete_encryption_epoch_key_pairs<K: traits::GroupId<V>, P: traits::EpochKey<V>>(
@@ -266,6 +306,6 @@ impl StorageProvider<V> for Storage<'_, '_> {
         epoch: &P,
         leaf_index: u32,
     ) -> Done {
-        self.remove(MlsKind::EncryptionEpochKeyPairs, &[group, epoch, &Index(leaf_index)])
+        self.remove(Kind::EncryptionEpochKeyPairs, &[group, epoch, &Index(leaf_index)])
     }
 }
