@@ -3,14 +3,11 @@
 
 use std::time::{Duration, Instant};
 
-use openmls::prelude::tls_codec::Deserialize as _;
-use openmls::prelude::{MlsMessageBodyIn, MlsMessageIn, ProcessedMessageContent, ProtocolMessage, PublicGroup, RatchetTreeIn};
 use sealpost::client::core::groups::{Change, Engine, Error, Group};
 use sealpost::client::core::state::{MemoryState, StateKey, StateTx, encode_address};
 use sealpost::clock::{Clock as _, SystemClock, SystemRandom, UnixMillis};
 use sealpost::ids::{AccountId, DeviceAddr, DeviceId, GroupId};
-use sealpost::mls::crypto::Crypto;
-use sealpost::mls::rules;
+use sealpost::mls::public::Public;
 
 const GROUP: GroupId = GroupId::from_bytes([0x6a; 16]);
 
@@ -54,18 +51,73 @@ fn report(what: &str, (took, written): (Duration, usize), sizes: &[(&str, usize)
 }
 
 /// The server's part: a commit checked from public state and merged.
-fn serve(public: &mut PublicGroup, commit: &[u8], storage: &ServerStorage) {
+fn serve(public: &mut Public, commit: &[u8]) {
     let started = Instant::now();
-    let message = MlsMessageIn::tls_deserialize_exact(commit).expect("an MLSMessage");
-    let message: ProtocolMessage = match message.extract() {
-        MlsMessageBodyIn::PublicMessage(message) => message.into(),
-        _ => panic!("commits are public"),
-    };
-    let processed = public.process_message(&Crypto::new(&SystemRandom), message).expect("valid");
-    let sender = processed.sender().clone();
-    let ProcessedMessageContent::StagedCommitMessage(commit) = processed.into_content() else { panic!("a commit") };
-    rules::check_commit(public, &sender, &commit).expect("allowed");
-    let checked = started.elapsed();
-    public.merge_commit(storage, *commit).expect("merges");
-    println!("  server: checked in {:.1} ms, merged after {:.1} ms", checked.as_secs_f64() * 1e3, started.elapsed().as_secs_f64() * 1e3);
+    let checked = public.check(commit, &SystemRandom).expect("valid and allowed");
+    let after = started.elapsed();
+    public.merge(checked).expect("merges");
+    println!("  server: checked in {:.1} ms, merged after {:.1} ms", after.as_secs_f64() * 1e3, started.elapsed().as_secs_f64() * 1e3);
+}
+
+fn main() {
+    let members: u128 = std::env::var("SEALPOST_BENCH_MEMBERS").ok().and_then(|text| text.parse().ok()).unwrap_or(1_500);
+    let now = SystemClock.now();
+    let mut others: Vec<Member> = (1..members).map(Member::new).collect();
+    let packages: Vec<(DeviceAddr, Vec<u8>)> = others.iter_mut().map(|member| (member.0, member.package(now))).collect();
+    let mut owner = Member::new(0);
+    let (created, took, written) = owner.run(|engine| Ok(engine.create(GROUP, "Bench", None, now)?.1));
+    report("create", (took, written), &[("GroupInfo", created.group_info.len())]);
+    let mut public = Public::create(&created.group_info, &created.tree, &SystemRandom).expect("a sound group");
+
+    let add = packages.iter().map(|(device, bytes)| (*device, bytes.as_slice())).collect();
+    let (sent, took, written) = owner.group(|group, engine| group.change(engine, &Change { add, ..Change::default() }, now));
+    let welcome = sent.welcome.expect("a Welcome");
+    let sizes = [("commit", sent.commit.len()), ("Welcome", welcome.len()), ("GroupInfo", sent.group_info.len())];
+    report(&format!("add {} at once", members - 1), (took, written), &sizes);
+    serve(&mut public, &sent.commit);
+    let (tree, took, written) = owner.group(|group, engine| {
+        group.accepted(engine)?;
+        group.tree()
+    });
+    report("  verdict", (took, written), &[("tree", tree.len())]);
+
+    let [first, .., last] = others.as_mut_slice() else { panic!("at least three members") };
+    for member in [&mut *first, &mut *last] {
+        let ((), took, written) = member.run(|engine| engine.join(&welcome, &tree, false).map(drop));
+        report("join by Welcome", (took, written), &[]);
+    }
+    // The first commits of members that have only joined name every leaf below them; later ones name subtrees.
+    for round in 1..=3 {
+        for member in 0..2 {
+            let [updating, receiving] = if member == 0 { [&mut *first, &mut *last] } else { [&mut *last, &mut *first] };
+            let (sent, took, written) = updating.group(|group, engine| group.change(engine, &Change::default(), now));
+            report(&format!("update, round {round}"), (took, written), &[("commit", sent.commit.len())]);
+            serve(&mut public, &sent.commit);
+            for (what, member) in [("  received", &mut *receiving), ("  received", &mut owner)] {
+                let (_, took, written) = member.group(|group, engine| group.receive(engine, &sent.commit));
+                report(what, (took, written), &[]);
+            }
+            updating.group(|group, engine| group.accepted(engine));
+        }
+    }
+
+    let mut joiner = Member::new(members);
+    let package = joiner.package(now);
+    let gone = device(1);
+    let swap = Change { add: vec![(joiner.0, &package)], remove_devices: vec![gone], ..Change::default() };
+    let (sent, took, written) = owner.group(|group, engine| group.change(engine, &swap, now));
+    report(
+        "add one, remove one",
+        (took, written),
+        &[("commit", sent.commit.len()), ("Welcome", sent.welcome.as_ref().map_or(0, Vec::len))],
+    );
+    serve(&mut public, &sent.commit);
+    owner.group(|group, engine| group.accepted(engine));
+    last.group(|group, engine| group.receive(engine, &sent.commit));
+
+    let (text, took, written) = owner.group(|group, engine| group.encrypt(engine, &[0; 1024]));
+    report("write 1 KiB", (took, written), &[("message", text.len())]);
+    let (_, took, written) = last.group(|group, engine| group.receive(engine, &text));
+    report("read it", (took, written), &[]);
+    println!("{members} members; state is loaded and written in each operation, in memory, nothing durable");
 }
