@@ -37,7 +37,7 @@ fn labelled(label: &str) -> Vec<u8> {
 }
 
 fn suite_of(vectors: &Value) -> Option<Ciphersuite> {
-    SUITES.into_iter().find(|suite| Value::from(u16::from(*suite)) == vectors["cipher_suite"])
+    SUITES.into_iter().find(|suite| u16::from(*suite) == vectors["cipher_suite"])
 }
 
 fn expand_with_label(secret: &[u8], label: &str, context: &[u8], length: usize) -> Vec<u8> {

@@ -1,9 +1,12 @@
 //! A group as everybody may see it: its tree, context and proposals, without a key. What a server checks commits with.
 
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+
 use openmls::prelude::tls_codec::Deserialize as _;
 use openmls::prelude::{
-    MlsMessageBodyIn, MlsMessageIn, ProcessedMessageContent, ProposalStore, ProtocolMessage, PublicGroup, QueuedProposal, RatchetTreeIn,
-    Sender, StagedCommit,
+    GroupId as MlsGroupId, MlsMessageBodyIn, MlsMessageIn, ProcessedMessageContent, ProposalStore, ProtocolMessage, PublicGroup,
+    QueuedProposal, RatchetTreeIn, Sender, StagedCommit,
 };
 use zeroize::Zeroizing;
 
@@ -42,7 +45,56 @@ impl Refused {
     }
 }
 
-/// Keeps nothing: the state is made anew from GroupInfo and tree, or from the log.
+/// Values in memory: how a group is saved and read back.
+#[derive(Debug, Default)]
+struct Memory(RefCell<BTreeMap<(u8, Vec<u8>), Zeroizing<Vec<u8>>>>);
+
+impl Backend for Memory {
+    fn get(&self, kind: Kind, key: &[u8]) -> Result<Option<Zeroizing<Vec<u8>>>, StorageError> {
+        Ok(self.0.borrow().get(&(kind as u8, key.to_vec())).cloned())
+    }
+
+    fn put(&self, kind: Kind, key: Vec<u8>, value: Zeroizing<Vec<u8>>) {
+        self.0.borrow_mut().insert((kind as u8, key), value);
+    }
+
+    fn delete(&self, kind: Kind, key: Vec<u8>) {
+        self.0.borrow_mut().remove(&(kind as u8, key));
+    }
+}
+
+impl Memory {
+    /// For each value: kind (1), length of its key (4, big endian), key, length (4), value.
+    fn encode(&self) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        for ((kind, key), value) in self.0.borrow().iter() {
+            bytes.push(*kind);
+            for part in [key, &**value] {
+                bytes.extend_from_slice(&(part.len() as u32).to_be_bytes());
+                bytes.extend_from_slice(part);
+            }
+        }
+        bytes
+    }
+
+    fn decode(mut bytes: &[u8]) -> Option<Self> {
+        fn part<'b>(bytes: &mut &'b [u8]) -> Option<&'b [u8]> {
+            let (length, rest) = bytes.split_first_chunk::<4>()?;
+            let (part, rest) = rest.split_at_checked(u32::from_be_bytes(*length) as usize)?;
+            *bytes = rest;
+            Some(part)
+        }
+        let mut values = BTreeMap::new();
+        while let Some((&kind, rest)) = bytes.split_first() {
+            bytes = rest;
+            let key = part(&mut bytes)?.to_vec();
+            values.insert((kind, key), Zeroizing::new(part(&mut bytes)?.to_vec()));
+        }
+        Some(Self(RefCell::new(values)))
+    }
+}
+
+/// Keeps nothing: most commits are not worth a copy of the tree.
 #[derive(Debug, Default)]
 struct Nowhere;
 
@@ -135,6 +187,21 @@ impl Public {
             Ok(MlsMessageBodyIn::GroupInfo(info)) => info.group_context() == self.group.group_context(),
             _ => false,
         }
+    }
+
+    /// As [`merge`](Self::merge), and returns the group as bytes, to go on from without the log before it. Costs a copy of the tree.
+    pub fn merge_and_save(&mut self, checked: Checked) -> Result<Vec<u8>, Refused> {
+        let memory = Storage(Memory::default());
+        self.group.merge_commit(&memory, checked.commit).map_err(Refused::invalid)?;
+        Ok(memory.0.encode())
+    }
+
+    /// The group that [`merge_and_save`](Self::merge_and_save) returned. Proposals that came later have to be proposed again.
+    pub fn restore(id: GroupId, saved: &[u8]) -> Result<Self, Refused> {
+        let memory = Memory::decode(saved).ok_or_else(|| Refused::invalid("a saved group is damaged"))?;
+        let loaded = PublicGroup::load(&Storage(memory), &MlsGroupId::from_slice(id.as_bytes())).map_err(Refused::invalid)?;
+        let group = loaded.ok_or_else(|| Refused::invalid("a saved group is damaged"))?;
+        Ok(Self { id, group })
     }
 
     /// Checks a proposal (an MLSMessage with a PublicMessage) of the current epoch, and keeps it for the commit that will take it up.

@@ -1,6 +1,7 @@
 //! Groups between devices in memory. What is committed is chosen by each test, so that a crash is a transaction that is dropped.
 
 mod rules;
+mod server;
 mod storm;
 
 use super::*;
