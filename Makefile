@@ -7,12 +7,13 @@ FUZZ_SECONDS ?= 20
 BROKERS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo build test test-cluster cluster-if-java compose-check alerts-check fmt lint unit doc features wasm deny bench fuzz kill-audit tools wasm-target
+.PHONY: help demo build test test-cluster cluster-if-java compose-check alerts-check interop fmt lint unit doc features wasm deny bench fuzz kill-audit tools wasm-target
 
 help:
 	@echo "make demo        build, then a narrated conversation through a broker that is killed on the way"
 	@echo "make test        everything that CI runs: format, lints, tests, documentation, wasm32, licences, cluster"
 	@echo "make test-cluster  the tests on a real Kafka and Cassandra, started for them (Java 17; Maven for the first time)"
+	@echo "make interop     fetch an independent implementation of MLS (Node.js 20), for the test that talks to it"
 	@echo "make compose-check  docker-compose.yml, read by Docker Compose where it is installed"
 	@echo "make alerts-check  when the alerts fire and when not, by promtool where it is installed"
 	@echo "make bench       log append, apply, bundle fetch, edge round trip, backlog drain"
@@ -25,7 +26,7 @@ demo: build
 build: tools
 	$(CARGO) build --release
 
-test: tools fmt lint unit doc features wasm deny compose-check alerts-check cluster-if-java
+test: tools fmt lint interop unit doc features wasm deny compose-check alerts-check cluster-if-java
 
 # A machine without Java can't run Kafka and Cassandra: that is said, and never taken for a pass.
 cluster-if-java:
@@ -70,6 +71,13 @@ PROMTOOL ?= promtool
 alerts-check:
 	@if command -v "$(PROMTOOL)" >/dev/null 2>&1; then "$(PROMTOOL)" check config topology/prometheus.yml && "$(PROMTOOL)" test rules topology/alerts.test.yml; \
 	else echo "skipped: topology/alerts.test.yml, since promtool is not here; install prometheus, or make alerts-check PROMTOOL=FILE"; fi
+
+# An independent implementation of MLS to test against (tests/mls_interop.rs). No lock file: package.json names exact versions.
+interop:
+	@if command -v npm >/dev/null 2>&1; then \
+		[ -d tests/interop/node_modules/ts-mls ] || npm install --prefix tests/interop --no-package-lock --no-audit --no-fund --loglevel=error \
+		|| echo "skipped: talking to an independent implementation of MLS, since its npm packages could not be fetched"; \
+	else echo "skipped: talking to an independent implementation of MLS, which needs Node.js 20 and npm: apt-get install nodejs npm"; fi
 
 doc: tools
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --no-deps --all-features

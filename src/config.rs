@@ -219,6 +219,8 @@ pub struct Limits {
     pub auth_failures_per_ip_per_min: Option<u32>,
     /// Fetches of key bundles a minute of one device; past it the answer is 429. Default 120.
     pub key_fetches_per_device_per_min: Option<u32>,
+    /// Requests for KeyPackages by one device, each for up to 1,500 accounts. Default 20.
+    pub key_package_fetches_per_device_per_min: Option<u32>,
     /// One-time prekeys a minute handed out of one device's pool; past it bundles come without one (and with the
     /// last-resort PQ prekey), so that a pool can't be drained. Default 30.
     pub one_time_prekeys_per_device_per_min: Option<u32>,
@@ -240,6 +242,7 @@ impl Default for Limits {
             registrations_per_ip_per_h: None,
             auth_failures_per_ip_per_min: None,
             key_fetches_per_device_per_min: None,
+            key_package_fetches_per_device_per_min: None,
             one_time_prekeys_per_device_per_min: None,
             connections: 200_000,
             connections_per_ip: None,
@@ -263,6 +266,8 @@ pub struct Rates {
     pub auth_failures_per_ip_per_min: u32,
     /// See [`Limits::key_fetches_per_device_per_min`].
     pub key_fetches_per_device_per_min: u32,
+    /// See [`Limits::key_package_fetches_per_device_per_min`].
+    pub key_package_fetches_per_device_per_min: u32,
     /// See [`Limits::one_time_prekeys_per_device_per_min`].
     pub one_time_prekeys_per_device_per_min: u32,
 }
@@ -420,6 +425,7 @@ impl Config {
             registrations_per_ip_per_h: or(l.registrations_per_ip_per_h, 60),
             auth_failures_per_ip_per_min: or(l.auth_failures_per_ip_per_min, 120),
             key_fetches_per_device_per_min: or(l.key_fetches_per_device_per_min, 120),
+            key_package_fetches_per_device_per_min: or(l.key_package_fetches_per_device_per_min, 20),
             one_time_prekeys_per_device_per_min: or(l.one_time_prekeys_per_device_per_min, 30),
         }
     }

@@ -83,6 +83,10 @@ uuid_id! {
     AccountId, "account id (a UUID)"
 }
 uuid_id! {
+    /// One MLS group. Random; its 16 bytes are the group id of RFC 9420.
+    GroupId, "group id (a UUID)"
+}
+uuid_id! {
     /// One running edge process; new at every start, so that routes of an earlier life are known to be dead.
     EdgeId, "edge id (a UUID)"
 }

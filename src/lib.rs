@@ -10,6 +10,7 @@
 //! The tree follows the data. Who may import whom is checked by `tests/layering.rs`:
 //!
 //! - [`ids`], [`limits`], [`clock`], [`wire`]: words shared by everyone; no I/O.
+//! - `mls`: what server and members share of RFC 9420.
 //! - `log`, `store`: the two seams where bytes rest; each a trait, a conformance suite and an
 //!   embedded implementation. They never import each other.
 //! - `projector`: turns log records into the view of what is pending.
@@ -24,6 +25,8 @@
 pub mod clock;
 pub mod ids;
 pub mod limits;
+#[cfg(feature = "mls")]
+pub mod mls;
 pub mod wire;
 
 #[cfg(feature = "server")]

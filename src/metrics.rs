@@ -57,6 +57,8 @@ pub enum Prekey {
     Ec,
     /// Kyber-1024.
     Pq,
+    /// MLS KeyPackages.
+    KeyPackage,
 }
 
 /// What a fetch got of a pool of one-time prekeys.
@@ -108,6 +110,8 @@ pub enum StoreCall {
     OneTimeAdd,
     /// A one-time prekey is taken.
     OneTimeTake,
+    /// Reading the first key of a pool.
+    OneTimeFirst,
     /// One-time prekeys are counted.
     OneTimeCount,
     /// A device's one-time prekeys go.
@@ -128,8 +132,8 @@ macro_rules! labels {
 labels!(Refusal: Full = "full", PerIp = "per_ip", Tls = "tls");
 labels!(Proof: Device = "device", Realm = "realm");
 labels!(RateScope: Ip = "ip", Device = "device", Messages = "messages", Registrations = "registrations", AuthFailures = "auth_failures", KeyFetches = "key_fetches");
-labels!(Prekey: Ec = "ec", Pq = "pq");
-labels!(StoreCall: Position = "position", Write = "write", Inboxes = "inboxes", Marks = "marks", Pending = "pending", Expired = "expired", WriteDirectory = "write_directory", Account = "account", Identity = "identity", DeviceKeys = "device_keys", OneTimeAdd = "one_time_add", OneTimeTake = "one_time_take", OneTimeCount = "one_time_count", OneTimeRemove = "one_time_remove", Claim = "claim", SealKey = "seal_key");
+labels!(Prekey: Ec = "ec", Pq = "pq", KeyPackage = "key_package");
+labels!(StoreCall: Position = "position", Write = "write", Inboxes = "inboxes", Marks = "marks", Pending = "pending", Expired = "expired", WriteDirectory = "write_directory", Account = "account", Identity = "identity", DeviceKeys = "device_keys", OneTimeAdd = "one_time_add", OneTimeTake = "one_time_take", OneTimeFirst = "one_time_first", OneTimeCount = "one_time_count", OneTimeRemove = "one_time_remove", Claim = "claim", SealKey = "seal_key");
 labels!(Moved: Assigned = "assigned", Revoked = "revoked", Lost = "lost");
 labels!(PrekeyOutcome: Handed = "handed", Exhausted = "exhausted", Protected = "protected");
 

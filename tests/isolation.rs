@@ -52,6 +52,8 @@ fn body_of(method: &str, path: &str, victim: &Device, token: &str) -> Value {
         ("post", "/v1/dev/token") => json!({ "identity": "x@elsewhere" }),
         ("post", "/v1/account/identities") => json!({ "token": token }),
         ("patch", "/v1/devices/{device_id}") => json!({ "name": "Taken over" }),
+        ("put", "/v1/key-packages") => json!({ "key_packages": [] }),
+        ("post", "/v1/key-packages/fetch") => json!({ "accounts": [victim.account] }),
         ("put", "/v1/keys") => json!({ "one_time_prekeys": [Keys::ec(9_999)] }),
         ("post", "/v1/accounts/{account_id}/messages") => json!({ "client_message_id": 1, "envelopes": [victim.envelope(b"x")] }),
         ("post", "/v1/inbox/ack") => json!({ "seq": 1 }),
@@ -62,7 +64,7 @@ fn body_of(method: &str, path: &str, victim: &Device, token: &str) -> Value {
 /// All that a device can see of itself.
 async fn snapshot(broker: &TestBroker, device: &Device) -> Value {
     let mut seen = json!({});
-    for path in ["/v1/account", "/v1/keys", "/v1/blocks", "/v1/inbox"] {
+    for path in ["/v1/account", "/v1/keys", "/v1/key-packages", "/v1/blocks", "/v1/inbox"] {
         seen[path] = broker.get(device, path).await.expect(StatusCode::OK).body;
     }
     seen

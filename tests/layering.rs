@@ -11,12 +11,13 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("limits", &[]),
     ("clock", &["ids", "limits"]),
     ("wire", &["ids", "limits", "clock"]),
+    ("mls", &["ids", "limits", "clock"]),
     ("background", &[]),
     ("log", &["ids", "limits", "clock", "metrics", "background"]),
     ("store", &["ids", "limits", "clock", "wire", "metrics", "background"]),
     ("metadata", &["ids", "limits", "clock", "wire", "log"]),
-    ("client", &["ids", "limits", "clock", "wire"]),
-    ("client/core", &["ids", "limits", "clock", "wire", "client"]),
+    ("client", &["ids", "limits", "clock", "wire", "mls"]),
+    ("client/core", &["ids", "limits", "clock", "wire", "mls", "client"]),
 ];
 
 /// External crates that only these files may name.

@@ -33,6 +33,13 @@ fn the_example_credential_is_one() {
 }
 
 #[test]
+fn the_example_group_credential_is_one() {
+    let device = sealpost::mls::credential::decode(&bytes(&block("#### Example: a group credential"))).expect("decodes");
+    assert_eq!(device.account.to_string(), "a1a1a1a1-a1a1-a1a1-a1a1-a1a1a1a1a1a1");
+    assert_eq!(device.device.get(), 3);
+}
+
+#[test]
 fn the_example_signature_verifies() {
     let block = block("#### Example: a signed prekey");
     let identity = PublicKey::deserialize(&field(&block, "identity_key=")).expect("a key");

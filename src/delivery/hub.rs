@@ -367,4 +367,8 @@ impl crate::keys::LowWater for Hub {
     fn prekeys_low(&self, device: DeviceAddr, left: crate::keys::Counts) {
         self.with_session(&device, None, |handle| handle.prekeys_low(left.ec as u32, left.pq as u32));
     }
+
+    fn key_packages_low(&self, device: DeviceAddr, left: usize) {
+        self.with_session(&device, None, |handle| handle.key_packages_low(left as u32));
+    }
 }

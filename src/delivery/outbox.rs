@@ -65,6 +65,7 @@ struct Outbox {
     closing: Option<CloseReason>,
     account_changed: bool,
     prekeys_low: Option<(u32, u32)>,
+    key_packages_low: Option<u32>,
     ping: bool,
     /// The session has been told to look and has not yet.
     woken: bool,
@@ -118,6 +119,8 @@ pub struct Taken {
     pub account_changed: bool,
     /// Tell the client.
     pub prekeys_low: Option<(u32, u32)>,
+    /// Tell the client.
+    pub key_packages_low: Option<u32>,
     /// Ping the client.
     pub ping: bool,
     /// The feed was cut: attach anew.
@@ -264,6 +267,11 @@ impl Handle {
         self.change(|out| out.prekeys_low = Some((ec, pq)));
     }
 
+    /// The client is told to refill its KeyPackages.
+    pub fn key_packages_low(&self, remaining: u32) {
+        self.change(|out| out.key_packages_low = Some(remaining));
+    }
+
     /// Something arrived from the client.
     pub fn heard(&self, tick: u32) {
         self.heard.store(tick, Ordering::Relaxed);
@@ -384,6 +392,7 @@ impl Handle {
             closing: out.closing,
             account_changed: std::mem::take(&mut out.account_changed),
             prekeys_low: out.prekeys_low.take(),
+            key_packages_low: out.key_packages_low.take(),
             ping: std::mem::take(&mut out.ping),
             overflow: out.overflow,
         }

@@ -209,6 +209,9 @@ impl Writer<'_> {
             if let Some((ec_remaining, pq_remaining)) = taken.prekeys_low {
                 self.batch.frame(Frame::PrekeysLow(stream::PrekeysLow { ec_remaining, pq_remaining }));
             }
+            if let Some(remaining) = taken.key_packages_low {
+                self.batch.frame(Frame::KeyPackagesLow(stream::KeyPackagesLow { remaining }));
+            }
             if let Some((at, inbox)) = taken.attached {
                 self.begin(at, inbox);
             }

@@ -16,7 +16,7 @@ use utoipa_swagger_ui::SwaggerUi;
 
 use super::auth::require_device;
 use super::error::ApiError;
-use super::http::{account, blocks, devices, inbox, keys, messages, ops, server, stream};
+use super::http::{account, blocks, devices, inbox, key_packages, keys, messages, ops, server, stream};
 use super::serve::Peer;
 use super::{EdgeState, Operations, limits::Client};
 use crate::limits;
@@ -35,7 +35,7 @@ use crate::wire::stream::Code;
         (name = "devices", description = "Registering, renaming and revoking devices"),
         (name = "account", description = "The device's own account"),
         (name = "blocks", description = "Accounts whose messages are refused"),
-        (name = "keys", description = "Publishing keys, and fetching those of others"),
+        (name = "keys", description = "Publishing key_packages, keys, and fetching those of others"),
         (name = "messages", description = "Sending"),
         (name = "inbox", description = "Receiving without a stream"),
         (name = "stream", description = "Receiving and sending on one WebSocket"),
@@ -73,6 +73,8 @@ fn private() -> OpenApiRouter<EdgeState> {
         .routes(routes!(keys::resolve))
         .routes(routes!(keys::devices))
         .routes(routes!(keys::bundles))
+        .routes(routes!(key_packages::publish, key_packages::counts))
+        .routes(routes!(key_packages::fetch))
         .routes(routes!(inbox::page))
         .routes(routes!(inbox::ack))
         .routes(routes!(stream::open))

@@ -22,6 +22,7 @@ use crate::rate::Keyed;
 use crate::store::{DirectoryStore, KeyKind, KeyStore, OneTimeKey, StoreError};
 use crate::wire::event::SignedKey;
 
+pub mod packages;
 pub mod verify;
 
 use verify::{IdentityKey, InvalidKeys};
@@ -32,6 +33,9 @@ pub enum KeysError {
     /// The keys are wrong; nothing was kept.
     #[error(transparent)]
     Invalid(#[from] InvalidKeys),
+    /// A KeyPackage is wrong; nothing was kept.
+    #[error("KeyPackage {0}: {1}")]
+    Package(u32, packages::InvalidPackage),
     /// More than [`limits::PREKEYS_PER_DEVICE`] would be kept; nothing was.
     #[error("a device keeps at most {} one-time prekeys of a kind", limits::PREKEYS_PER_DEVICE)]
     TooMany,
@@ -69,13 +73,7 @@ impl Upload {
         if self.pq_one_time.len() + self.one_time.len() <= 8 {
             return Ok(self.checked(&identity_key)?);
         }
-        static TURN: Semaphore = Semaphore::const_new(1);
-        let _turn = TURN.acquire().await.map_err(|_| KeysError::Internal)?;
-        let (sender, verified) = oneshot::channel();
-        // A thread for each is a few hundredths of what it does. Who waited may have gone away.
-        let thread = background::spawn("verify", move || drop(sender.send(self.checked(&identity_key))));
-        thread.map_err(|_| KeysError::Internal)?;
-        Ok(verified.await.map_err(|_| KeysError::Internal)??)
+        Ok(in_turn(move || self.checked(&identity_key)).await??)
     }
 
     fn checked(self, identity_key: &[u8]) -> Result<Self, InvalidKeys> {
@@ -86,6 +84,16 @@ impl Upload {
         identity.pq_one_time(&self.pq_one_time)?;
         Ok(self)
     }
+}
+
+/// Does what takes cores for long on a background thread, one at a time.
+async fn in_turn<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, KeysError> {
+    static TURN: Semaphore = Semaphore::const_new(1);
+    let _turn = TURN.acquire().await.map_err(|_| KeysError::Internal)?;
+    let (sender, done) = oneshot::channel();
+    // A thread for each is a few hundredths of what it does. Who waited may have gone away.
+    background::spawn("verify", move || drop(sender.send(work()))).map_err(|_| KeysError::Internal)?;
+    done.await.map_err(|_| KeysError::Internal)
 }
 
 /// How many one-time prekeys a device has left.
@@ -121,11 +129,14 @@ pub struct Bundle {
 pub trait LowWater: Send + Sync + 'static {
     /// Fewer than [`limits::PREKEYS_LOW_WATER`] are left of a kind.
     fn prekeys_low(&self, device: DeviceAddr, left: Counts);
+    /// Fewer than that many KeyPackages are left.
+    fn key_packages_low(&self, device: DeviceAddr, left: usize);
 }
 
 /// Nobody is told.
 impl LowWater for () {
     fn prekeys_low(&self, _: DeviceAddr, _: Counts) {}
+    fn key_packages_low(&self, _: DeviceAddr, _: usize) {}
 }
 
 /// Takes and hands out keys.
@@ -134,6 +145,7 @@ pub struct KeyService {
     long_lived: Arc<dyn DirectoryStore>,
     low_water: Arc<dyn LowWater>,
     fetches: Keyed<DeviceAddr>,
+    package_fetches: Keyed<DeviceAddr>,
     handed: Keyed<DeviceAddr>,
 }
 
@@ -146,6 +158,7 @@ impl KeyService {
             long_lived,
             low_water,
             fetches: minute(rates.key_fetches_per_device_per_min),
+            package_fetches: minute(rates.key_package_fetches_per_device_per_min),
             handed: minute(rates.one_time_prekeys_per_device_per_min),
         }
     }

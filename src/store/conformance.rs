@@ -349,6 +349,15 @@ pub async fn one_time_keys(fixture: &dyn Fixture) -> Outcome {
     assert_eq!(store.take_one_time(a, KeyKind::Pq).await?, (Some(one_time(u32::MAX)), 0));
     assert_eq!(store.take_one_time(a, KeyKind::Pq).await?, (None, 0));
     assert_eq!(store.count_one_time(a, KeyKind::Ec).await?, 2);
+    assert_eq!(store.first_one_time(a, KeyKind::KeyPackageLastResort).await?, None);
+    assert_eq!(store.add_one_time(a, KeyKind::KeyPackageLastResort, vec![one_time(0)]).await?, 1);
+    assert_eq!(store.add_one_time(a, KeyKind::KeyPackage, [8, 7].map(one_time).to_vec()).await?, 2);
+    for _ in 0..2 {
+        assert_eq!(store.first_one_time(a, KeyKind::KeyPackageLastResort).await?, Some(one_time(0)), "it stays");
+    }
+    assert_eq!(store.take_one_time(a, KeyKind::KeyPackage).await?, (Some(one_time(7)), 1));
+    assert_eq!(store.first_one_time(a, KeyKind::KeyPackage).await?, Some(one_time(8)));
+    assert_eq!(store.count_one_time(a, KeyKind::Ec).await?, 2, "kinds are apart");
 
     let cap = limits::PREKEYS_PER_DEVICE;
     let fill = |from: usize, to: usize| (from..to).map(|id| one_time(id as u32)).collect::<Vec<_>>();

@@ -125,18 +125,11 @@ pub fn parse_link(key: &[u8]) -> Result<AccountId, StoreError> {
     AccountId::from_slice(&key[at..]).map_err(|_| corrupt("an identity's link"))
 }
 
-const fn kind_byte(kind: KeyKind) -> u8 {
-    match kind {
-        KeyKind::Ec => 0,
-        KeyKind::Pq => 1,
-    }
-}
-
 /// `account ‖ device ‖ kind`: key of a pool, prefix of its one-time prekeys.
 pub fn pool(addr: DeviceAddr, kind: KeyKind) -> [u8; 18] {
     let mut key = [0; 18];
     key[..17].copy_from_slice(&device(addr));
-    key[17] = kind_byte(kind);
+    key[17] = kind.number();
     key
 }
 

@@ -110,6 +110,10 @@ impl KeyStore for Metered<dyn KeyStore> {
         timed(StoreCall::OneTimeTake, self.0.take_one_time(device, kind)).await
     }
 
+    async fn first_one_time(&self, device: DeviceAddr, kind: KeyKind) -> Result<Option<OneTimeKey>, StoreError> {
+        timed(StoreCall::OneTimeFirst, self.0.first_one_time(device, kind)).await
+    }
+
     async fn count_one_time(&self, device: DeviceAddr, kind: KeyKind) -> Result<usize, StoreError> {
         timed(StoreCall::OneTimeCount, self.0.count_one_time(device, kind)).await
     }

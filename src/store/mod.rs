@@ -242,16 +242,36 @@ pub trait DirectoryStore: Send + Sync + 'static {
     async fn device_keys(&self, device: DeviceAddr) -> Result<Option<DeviceKeys>, StoreError>;
 }
 
-/// A one-time prekey: a number, a public key, and for Kyber keys the identity key's signature (empty for EC).
+/// A one-time prekey: a number, a public key, and for Kyber keys the identity key's signature (empty for the others). For MLS
+/// the public key is what `keys::packages` keeps: a KeyPackage and when it expires.
 pub type OneTimeKey = SignedKey;
 
-/// The two kinds of one-time prekeys.
+/// The kinds of keys that are kept in pools.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum KeyKind {
     /// X25519.
     Ec,
     /// Kyber-1024.
     Pq,
+    /// MLS KeyPackages.
+    KeyPackage,
+    /// The MLS KeyPackage of last resort: one, which is read and never taken.
+    KeyPackageLastResort,
+}
+
+impl KeyKind {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Ec, Self::Pq, Self::KeyPackage, Self::KeyPackageLastResort];
+
+    /// Its number in stores.
+    pub const fn number(self) -> u8 {
+        match self {
+            Self::Ec => 0,
+            Self::Pq => 1,
+            Self::KeyPackage => 2,
+            Self::KeyPackageLastResort => 3,
+        }
+    }
 }
 
 /// The state that is not in the log. Each call is durable (on disk) when it returns `Ok`.
@@ -263,9 +283,11 @@ pub trait KeyStore: Send + Sync + 'static {
     /// Takes the one-time prekey with the lowest id out of the pool: no two calls ever get the same one,
     /// whatever crashes. Also returns how many are left.
     async fn take_one_time(&self, device: DeviceAddr, kind: KeyKind) -> Result<(Option<OneTimeKey>, usize), StoreError>;
+    /// The one-time prekey with the lowest id, which stays there.
+    async fn first_one_time(&self, device: DeviceAddr, kind: KeyKind) -> Result<Option<OneTimeKey>, StoreError>;
     /// How many one-time prekeys there are.
     async fn count_one_time(&self, device: DeviceAddr, kind: KeyKind) -> Result<usize, StoreError>;
-    /// Drops all one-time prekeys of a device.
+    /// Drops all one-time prekeys of a device, of every kind.
     async fn remove_one_time(&self, device: DeviceAddr) -> Result<(), StoreError>;
 
     /// Settles which account an identity belongs to, before the log hears of it: the first claim wins, and

@@ -46,6 +46,8 @@ pub enum Call {
     AddOneTime,
     /// [`KeyStore::take_one_time`].
     TakeOneTime,
+    /// [`KeyStore::first_one_time`].
+    FirstOneTime,
     /// [`KeyStore::count_one_time`].
     CountOneTime,
     /// [`KeyStore::remove_one_time`].
@@ -225,6 +227,9 @@ impl KeyStore for FaultyStore {
     }
     async fn take_one_time(&self, device: DeviceAddr, kind: KeyKind) -> Result<(Option<OneTimeKey>, usize), StoreError> {
         self.run(Call::TakeOneTime, self.inner.keys.take_one_time(device, kind)).await
+    }
+    async fn first_one_time(&self, device: DeviceAddr, kind: KeyKind) -> Result<Option<OneTimeKey>, StoreError> {
+        self.run(Call::FirstOneTime, self.inner.keys.first_one_time(device, kind)).await
     }
     async fn count_one_time(&self, device: DeviceAddr, kind: KeyKind) -> Result<usize, StoreError> {
         self.run(Call::CountOneTime, self.inner.keys.count_one_time(device, kind)).await

@@ -7,6 +7,7 @@
 
 pub mod api;
 pub mod content;
+pub mod groups;
 pub mod inbox;
 pub mod keys;
 pub mod ordering;

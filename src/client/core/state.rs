@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use zeroize::Zeroizing;
 
-use crate::ids::{AccountId, DeviceAddr, DeviceId};
+use crate::ids::{AccountId, DeviceAddr, DeviceId, GroupId};
 
 /// What a storage failure looks like to the core. Retrying may help; the transaction is lost either way.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -50,6 +50,17 @@ pub enum StateKey {
         author: AccountId,
         /// Its id.
         message_id: [u8; 16],
+    },
+    /// This device's MLS signature key pair of a cipher suite: see `groups/signer.rs`.
+    GroupSigner(u16),
+    /// The key of a group's name: 32 bytes.
+    GroupNameKey(GroupId),
+    /// What openmls keeps, as CBOR: see [`crate::mls::storage`].
+    Mls {
+        /// What it is.
+        kind: crate::mls::storage::Kind,
+        /// Its key: CBOR of openmls's keys, one after the other.
+        key: Vec<u8>,
     },
 }
 

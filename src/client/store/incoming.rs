@@ -38,7 +38,14 @@ impl Db {
                     }
                 }
                 // The connection's own business.
-                Some(Frame::Result(_) | Frame::QueueEmpty(_) | Frame::PrekeysLow(_) | Frame::Closing(_) | Frame::AccountChanged(_))
+                Some(
+                    Frame::Result(_)
+                    | Frame::QueueEmpty(_)
+                    | Frame::PrekeysLow(_)
+                    | Frame::KeyPackagesLow(_)
+                    | Frame::Closing(_)
+                    | Frame::AccountChanged(_),
+                )
                 | None => {}
             }
         }

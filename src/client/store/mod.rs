@@ -28,7 +28,7 @@ use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 use super::core::content::Invalid;
 use super::core::state::{StateTx, StorageError};
-use super::core::{keys, signal};
+use super::core::{groups, keys, signal};
 use crate::clock::{Clock, Random, UnixMillis};
 
 pub(super) use account::Credential;
@@ -88,6 +88,9 @@ pub enum Error {
     /// See there.
     #[error(transparent)]
     Keys(#[from] keys::Error),
+    /// See there.
+    #[error(transparent)]
+    Groups(#[from] groups::Error),
 }
 
 impl From<rusqlite::Error> for Error {

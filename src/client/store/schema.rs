@@ -5,7 +5,7 @@ use rusqlite::Connection;
 use super::Error;
 
 /// Each entry brings the database from the version before to its own (its index plus one), in one transaction.
-const MIGRATIONS: &[&str] = &[V1];
+const MIGRATIONS: &[&str] = &[V1, V2];
 
 const V1: &str = "
 -- Single values: this device's keys and address, credential, cursor, counters.
@@ -72,6 +72,13 @@ CREATE INDEX outgoing_by_time ON outgoing (created_ms);
 CREATE TABLE counters (account BLOB PRIMARY KEY, last INTEGER NOT NULL) WITHOUT ROWID;
 
 CREATE TABLE events (position INTEGER PRIMARY KEY AUTOINCREMENT, at_ms INTEGER NOT NULL, event TEXT NOT NULL);
+";
+
+const V2: &str = "
+-- MLS: what core/state.rs keeps of groups. kind: mls/storage.rs.
+CREATE TABLE mls (kind INTEGER NOT NULL, key BLOB NOT NULL, value BLOB NOT NULL, created_ms INTEGER NOT NULL, PRIMARY KEY (kind, key));
+CREATE TABLE group_signers (suite INTEGER PRIMARY KEY, key BLOB NOT NULL);
+CREATE TABLE group_name_keys (mls_group BLOB PRIMARY KEY, key BLOB NOT NULL) WITHOUT ROWID;
 ";
 
 /// Brings the database to this version.

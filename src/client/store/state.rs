@@ -39,6 +39,9 @@ fn read(connection: &Connection, key: &StateKey) -> rusqlite::Result<Option<Vec<
         StateKey::Seen { author, message_id } => {
             one("SELECT x'' FROM seen WHERE author = ?1 AND message_id = ?2", &[author, &message_id.as_slice()])
         }
+        StateKey::GroupSigner(suite) => one("SELECT key FROM group_signers WHERE suite = ?1", &[suite]),
+        StateKey::GroupNameKey(group) => one("SELECT key FROM group_name_keys WHERE mls_group = ?1", &[group]),
+        StateKey::Mls { kind, key } => one("SELECT value FROM mls WHERE kind = ?1 AND key = ?2", &[&(*kind as u8), key]),
     }
 }
 
@@ -74,6 +77,12 @@ fn put(connection: &Connection, key: &StateKey, value: &[u8], now: i64) -> rusql
         StateKey::Seen { author, message_id } => {
             run("INSERT OR IGNORE INTO seen VALUES (?1, ?2, ?3)", &[author, &message_id.as_slice(), &now])
         }
+        StateKey::GroupSigner(suite) => run("INSERT OR REPLACE INTO group_signers VALUES (?1, ?2)", &[suite, &value]),
+        StateKey::GroupNameKey(group) => run("INSERT OR REPLACE INTO group_name_keys VALUES (?1, ?2)", &[group, &value]),
+        StateKey::Mls { kind, key } => run(
+            "INSERT INTO mls VALUES (?1, ?2, ?3, ?4) ON CONFLICT (kind, key) DO UPDATE SET value = ?3",
+            &[&(*kind as u8), key, &value, &now],
+        ),
     }
 }
 
@@ -99,5 +108,8 @@ fn delete(connection: &Connection, key: &StateKey) -> rusqlite::Result<()> {
         StateKey::Seen { author, message_id } => {
             run("DELETE FROM seen WHERE author = ?1 AND message_id = ?2", params![author, message_id.as_slice()])
         }
+        StateKey::GroupSigner(suite) => run("DELETE FROM group_signers WHERE suite = ?1", params![suite]),
+        StateKey::GroupNameKey(group) => run("DELETE FROM group_name_keys WHERE mls_group = ?1", params![group]),
+        StateKey::Mls { kind, key } => run("DELETE FROM mls WHERE kind = ?1 AND key = ?2", params![*kind as u8, key]),
     }
 }

@@ -18,7 +18,7 @@ use crate::wire::stream::Code;
 impl From<KeysError> for ApiError {
     fn from(error: KeysError) -> Self {
         match error {
-            KeysError::Invalid(_) => Self::bad_request(error.to_string()),
+            KeysError::Invalid(_) | KeysError::Package(..) => Self::bad_request(error.to_string()),
             KeysError::TooMany => Self::new(Code::LimitReached, error.to_string()),
             KeysError::RateLimited { retry_after_ms } => Self::rate_limited(retry_after_ms),
             KeysError::Store(error) => error.into(),

@@ -4,6 +4,7 @@ pub mod account;
 pub mod blocks;
 pub mod devices;
 pub mod inbox;
+pub mod key_packages;
 pub mod keys;
 pub mod messages;
 pub mod model;

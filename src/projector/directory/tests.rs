@@ -335,6 +335,9 @@ impl KeyStore for Memory {
     async fn take_one_time(&self, _: DeviceAddr, _: KeyKind) -> Result<(Option<OneTimeKey>, usize), StoreError> {
         Ok((None, 0))
     }
+    async fn first_one_time(&self, _: DeviceAddr, _: KeyKind) -> Result<Option<OneTimeKey>, StoreError> {
+        Ok(None)
+    }
     async fn count_one_time(&self, _: DeviceAddr, _: KeyKind) -> Result<usize, StoreError> {
         Ok(0)
     }

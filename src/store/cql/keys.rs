@@ -26,11 +26,7 @@ struct Pool<'a> {
 
 impl<'a> Pool<'a> {
     fn of(device: &'a DeviceAddr, kind: KeyKind) -> Self {
-        let kind = match kind {
-            KeyKind::Ec => 0,
-            KeyKind::Pq => 1,
-        };
-        Self { account: device.account.as_bytes(), device: device.device.get() as i8, kind }
+        Self { account: device.account.as_bytes(), device: device.device.get() as i8, kind: kind.number() as i8 }
     }
 
     const fn key(self) -> (&'a [u8], i8, i8) {
@@ -80,12 +76,19 @@ impl KeyStore for CqlStore {
         Err(contended())
     }
 
+    async fn first_one_time(&self, device: DeviceAddr, kind: KeyKind) -> Result<Option<OneTimeKey>, StoreError> {
+        let rows = self.rows(&self.statements.pool_first, Pool::of(&device, kind).key()).await?;
+        let row = rows.maybe_first_row::<(Option<i32>, Option<i64>, Option<&[u8]>)>().map_err(|error| corrupt(&error))?;
+        let Some((_, Some(_), Some(key))) = row else { return Ok(None) };
+        keyspace::decode(key, "a one-time prekey").map(Some)
+    }
+
     async fn count_one_time(&self, device: DeviceAddr, kind: KeyKind) -> Result<usize, StoreError> {
         Ok(self.left(Pool::of(&device, kind)).await?.unwrap_or(0).max(0) as usize)
     }
 
     async fn remove_one_time(&self, device: DeviceAddr) -> Result<(), StoreError> {
-        for kind in [KeyKind::Ec, KeyKind::Pq] {
+        for kind in KeyKind::ALL {
             let pool = Pool::of(&device, kind);
             let _turn = self.turn(pool).await;
             let mut tries = 0;

@@ -36,6 +36,11 @@ impl KeyStore for EmbeddedStore {
         }
     }
 
+    async fn first_one_time(&self, device: DeviceAddr, kind: KeyKind) -> Result<Option<OneTimeKey>, StoreError> {
+        let state = self.keys.state.clone();
+        blocking(move || state.first(device, kind)).await
+    }
+
     async fn count_one_time(&self, device: DeviceAddr, kind: KeyKind) -> Result<usize, StoreError> {
         let state = self.keys.state.clone();
         blocking(move || Ok(state.pool(device, kind)?.count as usize)).await
@@ -180,6 +185,13 @@ impl State {
         let value = self.pools.get(keyspace::pool(device, kind)).map_err(unavailable)?;
         value.map_or(Ok(Pool::default()), |value| keyspace::decode(&value, "a pool"))
     }
+
+    fn first(&self, device: DeviceAddr, kind: KeyKind) -> Result<Option<OneTimeKey>, StoreError> {
+        let (low, high) = (keyspace::one_time(device, kind, self.pool(device, kind)?.low), keyspace::one_time(device, kind, u32::MAX));
+        let Some(row) = self.db.snapshot().range::<[u8; 22], _>(&self.one_time, low..=high).next() else { return Ok(None) };
+        let (_, value) = row.into_inner().map_err(unavailable)?;
+        keyspace::decode(&value, "a one-time prekey").map(Some)
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -250,7 +262,7 @@ impl Group<'_> {
 
     fn remove(&mut self, device: DeviceAddr) -> Result<Answer, StoreError> {
         let mut gone = Vec::new();
-        for kind in [KeyKind::Ec, KeyKind::Pq] {
+        for kind in KeyKind::ALL {
             let pool = self.pool(device, kind)?;
             if pool.count > 0 {
                 let (mut from, to) = (keyspace::one_time(device, kind, pool.low), keyspace::one_time(device, kind, u32::MAX));
@@ -264,7 +276,7 @@ impl Group<'_> {
         for key in gone {
             self.set(Table::OneTime, &key, None);
         }
-        for kind in [KeyKind::Ec, KeyKind::Pq] {
+        for kind in KeyKind::ALL {
             if self.get(Table::Pools, &keyspace::pool(device, kind))?.is_some() {
                 self.set(Table::Pools, &keyspace::pool(device, kind), None);
             }

@@ -2,6 +2,7 @@
 
 mod account;
 mod contacts;
+mod groups;
 mod incoming;
 mod messages;
 mod model;
