@@ -160,6 +160,14 @@ pub const METADATA_UNACKED_BYTES: usize = 8 * 1024 * 1024;
 pub const METADATA_PSEUDONYMS: usize = 200_000;
 /// How often a cluster's lag is looked at for metrics: as often as they are read.
 pub const CLUSTER_LAG_LOOK_MS: u64 = 5_000;
+/// How often those who append look for a new layout of the partitions.
+pub const LAYOUT_LOOK_MS: u64 = 200;
+/// How long a new generation is open before the old one is fenced: ten looks, for all to have seen it.
+pub const LAYOUT_FENCE_MS: u64 = 2_000;
+/// How long a process that saw a change too late appends nothing: what it appended before is passed on meanwhile.
+pub const LAYOUT_HOLD_MS: u64 = 1_000;
+/// Numbers of partitions that a log can have had.
+pub const LAYOUT_GENERATIONS: usize = 64;
 /// Marks of one recipient that are read at once; of whom more write to, each is read when it is needed.
 pub const WHOLE_MARKS: usize = 128;
 /// Recipients of whom an edge knows that it read all their marks.

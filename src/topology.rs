@@ -2,7 +2,7 @@
 //! [`crate::log::kafka`]'s and the command line's.
 //!
 //! What may follow from a difference is small on purpose: topics are made and settings are set. Nothing is ever removed, and no
-//! partition is ever added here: that would send an account's next records elsewhere, and its order with them.
+//! partition is ever added here: that is a change of the layout (`crate::log::layout`), which `sealpost topology scale` makes.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -45,6 +45,7 @@ pub struct Topology {
     directory: WantedTopic,
     metadata: WantedTopic,
     push: WantedTopic,
+    layout: WantedTopic,
 }
 
 /// A topic as it shall be.
@@ -110,6 +111,9 @@ impl Topology {
             if !(1..=PARTITIONS_MAX).contains(&wanted.partitions) {
                 return invalid(format!("{}.partitions", topic.name()), "must be from 1 to 1024");
             }
+            if topic == Topic::Layout && (wanted.partitions != 1 || wanted.retention != Retention::Forever) {
+                return invalid("layout".to_owned(), "must have 1 partition and be kept forever: it says where accounts are");
+            }
             if wanted.settings.contains_key("retention.ms") {
                 return invalid(format!("{}.settings", topic.name()), "retention.ms follows from `retention`");
             }
@@ -133,6 +137,7 @@ impl Topology {
             Topic::Directory => &self.directory,
             Topic::Metadata => &self.metadata,
             Topic::Push => &self.push,
+            Topic::Layout => &self.layout,
         }
     }
 
@@ -197,10 +202,12 @@ impl Topology {
             (from.as_ref() != Some(&to)).then_some(Setting { key, from, to })
         };
         let mut by_hand = Vec::new();
-        if found.partitions != usize::from(wanted.partitions) {
+        // The file says how many inbox has at first.
+        let scaled = found.topic == Topic::Inbox && found.partitions > usize::from(wanted.partitions);
+        if found.partitions != usize::from(wanted.partitions) && !scaled {
             by_hand.push(format!(
-                "{} partitions, not {}: `sealpost topology scale` changes their number without disorder; if they were scaled, write it into the \
-                 file",
+                "{} partitions, not {}: the number of a topic that is in use stays (but that of inbox, which `sealpost topology scale` raises); \
+                 write it into the file",
                 found.partitions, wanted.partitions
             ));
         }
@@ -417,15 +424,15 @@ mod tests {
         let inbox = found.topics.iter_mut().find(|one| one.topic == Topic::Inbox).expect("there");
         inbox.settings.insert("retention.ms".to_owned(), "60000".to_owned());
         inbox.settings.insert("flush.messages".to_owned(), "1".to_owned());
-        inbox.partitions = 64;
+        inbox.partitions = 8;
         let plan = topology.compare(&found);
         let inbox = of(&plan, Topic::Inbox);
         assert_eq!(plan.to_alter(), [(Topic::Inbox, vec![("retention.ms".to_owned(), "2678400000".to_owned())])]);
         assert!(plan.to_create().is_empty());
-        assert!(inbox.by_hand.len() == 1 && inbox.by_hand[0].contains("64 partitions, not 16"), "{inbox:?}");
+        assert!(inbox.by_hand.len() == 1 && inbox.by_hand[0].contains("8 partitions, not 16"), "{inbox:?}");
         let text = plan.to_string();
         assert!(text.contains("~ retention.ms = 60000 (1 m) -> 2678400000 (31 d)"), "{text}");
-        assert!(text.contains("= groups, directory, metadata, push  as wanted"), "{text}");
+        assert!(text.contains("= groups, directory, metadata, push, layout  as wanted"), "{text}");
     }
 
     #[test]

@@ -70,6 +70,13 @@ impl Cluster {
         Ok(edge)
     }
 
+    fn scale(&self, partitions: u16) -> Result<Child> {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_sealpost"));
+        command.args(["topology", "scale", "--json", "--partitions", &partitions.to_string(), "--kafka", &self.servers.kafka.brokers]);
+        command.env("SEALPOST_KAFKA__PREFIX", &self.servers.kafka.prefix).env("SEALPOST_KAFKA__BROKERS", &self.servers.kafka.brokers);
+        Ok(command.stdout(Stdio::piped()).spawn()?)
+    }
+
     /// Load for so long, in a process of its own.
     fn load(&self, seconds: u32) -> Result<Child> {
         let seconds = seconds.to_string();
@@ -79,7 +86,7 @@ impl Cluster {
     }
 }
 
-fn audit(load: Child, what: &str) -> Result<()> {
+fn audit(load: Child, what: &str) -> Result<Value> {
     let output = load.wait_with_output()?;
     let report: Value = serde_json::from_slice(&output.stdout).with_context(|| format!("{what}: the load tool's report"))?;
     println!(
@@ -88,7 +95,8 @@ fn audit(load: Child, what: &str) -> Result<()> {
     );
     ensure!(report["lost"] == 0 && report["duplicates"] == 0 && report["accepted"] == report["delivered"], "{what}: {report}");
     ensure!(report["accepted"].as_u64() > Some(1_000), "{what}: {report}");
-    Ok(())
+    ensure!(report["disorder"] == 0, "{what}: {report}");
+    Ok(report)
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -121,4 +129,60 @@ async fn nothing_is_lost_or_doubled_when_processes_die_or_stand_still() -> Resul
     audit(load, "the edge was killed")?;
     drop((one, two, edge));
     Ok(())
+}
+
+/// Accounts are spread over 4 partitions, then 16, then 6, while messages flow. The call is killed half-way and called again, a projector
+/// dies in between, and devices come and go.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn partitions_are_scaled_under_load() -> Result<()> {
+    let Some(cluster) = Cluster::new("partitions_are_scaled_under_load").await? else { return Ok(()) };
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let mut one = cluster.serve("projector", 0)?;
+    let two = cluster.serve("projector", 0)?;
+    let edge = cluster.edge().await?;
+    tokio::time::sleep(Duration::from_secs(4)).await;
+
+    let load = cluster.load(40)?;
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    let mut killed = cluster.scale(16)?;
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    killed.kill()?;
+    killed.wait()?;
+    let others = cluster.load(20)?;
+    let scaled = report(cluster.scale(16)?)?;
+    ensure!(scaled["partitions"] == 16 && scaled["first"] == 4 && scaled["topic_partitions"] == 20 && scaled["retired"] == 4, "{scaled}");
+    let again = report(cluster.scale(16)?)?;
+    ensure!(again["changed"] == false && again["generation"] == 1, "{again}");
+    audit(others, "devices that came while partitions were scaled")?;
+    audit(load, "4 partitions became 16")?;
+
+    let load = cluster.load(30)?;
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let scaling = cluster.scale(6)?;
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    one.kill();
+    let scaled = report(scaling)?;
+    ensure!(scaled["generation"] == 2 && scaled["first"] == 20 && scaled["retired"] == 20, "{scaled}");
+    audit(load, "16 partitions became 6 while a projector died")?;
+
+    // The edge sleeps through the change: what it appends when it wakes stands behind the fence.
+    let load = cluster.load(24)?;
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let scaling = cluster.scale(9)?;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    edge.signal("-STOP")?;
+    tokio::time::sleep(Duration::from_secs(8)).await;
+    edge.signal("-CONT")?;
+    ensure!(report(scaling)?["generation"] == 3, "the change ends without the edge");
+    audit(load, "6 partitions became 9 while the edge stood still")?;
+    drop((one, two, edge));
+    Ok(())
+}
+
+fn report(command: Child) -> Result<Value> {
+    let output = command.wait_with_output()?;
+    ensure!(output.status.success(), "{:?}", output.status);
+    let report = serde_json::from_slice(&output.stdout)?;
+    println!("{report}");
+    Ok(report)
 }

@@ -56,7 +56,7 @@ async fn planned_applied_checked_and_mended() {
     assert!(again.ok && again.out.contains("Nothing differs."), "applied twice is applied once: {}{}", again.out, again.err);
     assert!(topology(&options, &["check"]).ok);
     let found = describe_topics(&options).await.expect("described");
-    for (topic, partitions) in Topic::ON_CLUSTER.into_iter().zip([16, 16, 16, 4, 16]) {
+    for (topic, partitions) in Topic::ON_CLUSTER.into_iter().zip([16, 16, 16, 4, 16, 1]) {
         let one = found.topics.iter().find(|one| one.topic == topic).expect("made");
         assert_eq!((one.partitions, one.replication, one.under_replicated, one.leaderless), (partitions, copies, 0, 0), "{topic:?}");
         assert_eq!(one.overrides.get("cleanup.policy").map(String::as_str), Some("delete"));

@@ -232,6 +232,9 @@ impl Consumer for GatedConsumer {
         let _ = self.open.wait_for(|open| *open).await;
         self.inner.get_mut().next().await
     }
+    async fn hold(&mut self, of: TopicPartition) -> Result<(), ReadError> {
+        self.inner.get_mut().hold(of).await
+    }
     async fn seek(&mut self, to: TopicPartition, offset: Offset) -> Result<(), ReadError> {
         self.inner.get_mut().seek(to, offset).await
     }

@@ -10,6 +10,8 @@ use crate::log::kafka::{self, KafkaOptions};
 use crate::server::kafka_options;
 use crate::topology::{Plan, Topology};
 
+mod scale;
+
 /// How long the brokers may take to show what they were told.
 const SHOWN_WITHIN: Duration = Duration::from_secs(10);
 
@@ -28,6 +30,7 @@ enum Command {
     Apply(Which),
     /// Shows how the cluster differs, and fails if it does.
     Check(Which),
+    Scale(scale::Args),
 }
 
 #[derive(Debug, clap::Args)]
@@ -72,6 +75,7 @@ impl Which {
 /// Runs the command.
 pub async fn run(args: Args) -> anyhow::Result<()> {
     let (which, apply, check) = match args.command {
+        Command::Scale(args) => return scale::run(args).await,
         Command::Plan(which) => (which, false, false),
         Command::Apply(which) => (which, true, false),
         Command::Check(which) => (which, false, true),

@@ -16,9 +16,9 @@ use crate::clock::Random;
 use crate::delivery::outbox::{FeedItem, Handle, TICK};
 use crate::delivery::sending::Acceptor;
 use crate::directory::Directory;
-use crate::ids::{AttachId, DeviceAddr, EdgeId, Partition, Seq};
+use crate::ids::{AttachId, DeviceAddr, EdgeId, Seq};
 use crate::limits;
-use crate::log::{AppendError, AppendSink, EventLog, Topic, TopicPartition};
+use crate::log::{AppendError, AppendSink, EventLog};
 use crate::metrics;
 use crate::projector::push::{Push, PushBus};
 use crate::store::DeliveryStore;
@@ -137,20 +137,16 @@ impl Hub {
         self.submit(device, &InboxEvent::DeviceDetached { device, edge: self.edge, attach: handle.attach() });
     }
 
-    fn inbox(&self, device: &DeviceAddr) -> TopicPartition {
-        TopicPartition { topic: Topic::Inbox, partition: Partition::of(&device.account, self.log.partitions(Topic::Inbox)) }
-    }
-
     fn submit(&self, device: DeviceAddr, event: &InboxEvent<'_>) -> bool {
         let sink: Arc<dyn AppendSink> = Arc::new(Unwatched);
-        self.log.submit(self.inbox(&device), event::encode(event), &sink, 0).is_ok()
+        self.log.route(&device.account).and_then(|to| self.log.submit(to, event::encode(event), &sink, 0)).is_ok()
     }
 
     /// Asks for the switch from backlog to live. Durable when it returns, so the answer will come.
     pub async fn attach(&self, handle: &Handle) -> Result<(), AppendError> {
         let device = handle.device;
         let event = InboxEvent::DeviceAttached { device, edge: self.edge, attach: handle.attach() };
-        self.log.append(self.inbox(&device), event::encode(&event)).await.map(|_| ())
+        self.log.append(self.log.route(&device.account)?, event::encode(&event)).await.map(|_| ())
     }
 
     /// The same for a stream whose feed was cut. Under a new number: what is still on its way for the old one comes too late.
@@ -161,7 +157,7 @@ impl Hub {
 
     /// The device keeps everything up to `to`. Durable when it returns.
     pub async fn ack(&self, device: DeviceAddr, to: Seq) -> Result<(), AppendError> {
-        self.log.append(self.inbox(&device), event::encode(&InboxEvent::Acked { device, cursor: to })).await.map(|_| ())
+        self.log.append(self.log.route(&device.account)?, event::encode(&InboxEvent::Acked { device, cursor: to })).await.map(|_| ())
     }
 
     /// Notes that a session has an acknowledgement to append.

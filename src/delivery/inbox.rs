@@ -8,7 +8,7 @@ use bytes::BytesMut;
 
 use crate::delivery::api::{Envelope, Inbox, InboxError, Item, Page};
 use crate::delivery::hub::Hub;
-use crate::ids::{DeviceAddr, Partition, Seq};
+use crate::ids::{DeviceAddr, Seq};
 use crate::limits;
 use crate::log::{AppendError, ReadError, Topic, TopicPartition};
 use crate::store::seal::{self, Sealer};
@@ -98,12 +98,13 @@ impl Inbox for Inboxes {
 
     async fn ack(&self, device: DeviceAddr, to: Seq) -> Result<(), InboxError> {
         let log = &self.0.log;
-        let tp = TopicPartition { topic: Topic::Inbox, partition: Partition::of(&device.account, log.partitions(Topic::Inbox)) };
-        let (_, end) = log.bounds(tp).await.map_err(|error| match error {
+        let layout = log.layout();
+        let partition = layout.partition_of(&device.account);
+        let (_, end) = log.bounds(TopicPartition { topic: Topic::Inbox, partition }).await.map_err(|error| match error {
             ReadError::NoSuchPartition | ReadError::Corrupt(_) | ReadError::Gone { .. } => InboxError::Internal,
             ReadError::Unavailable(_) | ReadError::Closed => InboxError::Unavailable { retry_after_ms: RETRY_AFTER_MS },
         })?;
-        if to >= Seq::at(crate::ids::Generation(0), end) {
+        if to >= Seq::at(layout.newest(), end) {
             return Err(InboxError::BadRequest("seq is beyond everything that was ever sent to the device"));
         }
         self.0.ack(device, to).await.map_err(|error| match error {

@@ -14,9 +14,9 @@ use crate::auth::KnownDevice;
 use crate::clock::{Clock, Random};
 use crate::delivery::api::{OutgoingEnvelope, SendError, SendRequest, Sending};
 use crate::directory::{AccountView, Directory};
-use crate::ids::{AccountId, DeviceAddr, DeviceId, Partition};
+use crate::ids::{AccountId, DeviceAddr, DeviceId};
 use crate::limits;
-use crate::log::{AppendError, AppendSink, EventLog, Topic, TopicPartition};
+use crate::log::{AppendError, AppendSink, EventLog, TopicPartition};
 use crate::metrics;
 use crate::rate::Keyed;
 use crate::store::seal::{self, Sealer};
@@ -197,8 +197,8 @@ impl Acceptor {
         if id + limits::MESSAGE_ID_WINDOW <= highest.fetch_max(id, Ordering::Relaxed) {
             return Err(SendError::StaleMessageId);
         }
-        let partition = Partition::of(&request.recipient, self.log.partitions(Topic::Inbox));
-        Ok(Checked { to: TopicPartition { topic: Topic::Inbox, partition }, payload: self.event(sender, request, sealer) })
+        let to = self.log.route(&request.recipient).map_err(|_| SendError::Unavailable { retry_after_ms: RETRY_AFTER_MS })?;
+        Ok(Checked { to, payload: self.event(sender, request, sealer) })
     }
 
     fn event(&self, sender: DeviceAddr, request: &SendRequest, sealer: &Sealer) -> Bytes {

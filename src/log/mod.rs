@@ -4,18 +4,21 @@
 //! positions, one owner a partition within a consumer group); `conformance` proves it of every implementation.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
 
 use crate::clock::UnixMillis;
-use crate::ids::{Offset, Partition};
+use crate::ids::{AccountId, Offset, Partition};
+use crate::log::layout::Layout;
 
 #[cfg(any(test, feature = "test-util"))]
 pub mod conformance;
 pub mod embedded;
 #[cfg(feature = "cluster")]
 pub mod kafka;
+pub mod layout;
 mod partitions;
 
 pub use partitions::PartitionCounts;
@@ -33,6 +36,8 @@ pub enum Topic {
     Metadata,
     /// What projectors tell edges in other processes; kept for minutes. Only on a cluster.
     Push,
+    /// How accounts are spread over the partitions of `inbox`, see [`layout`]; one partition. Only on a cluster.
+    Layout,
 }
 
 impl Topic {
@@ -40,7 +45,7 @@ impl Topic {
     pub const ALL: [Self; 4] = [Self::Inbox, Self::Groups, Self::Directory, Self::Metadata];
 
     /// Those of a cluster.
-    pub const ON_CLUSTER: [Self; 5] = [Self::Inbox, Self::Groups, Self::Directory, Self::Metadata, Self::Push];
+    pub const ON_CLUSTER: [Self; 6] = [Self::Inbox, Self::Groups, Self::Directory, Self::Metadata, Self::Push, Self::Layout];
 
     /// Its name on every profile.
     pub const fn name(self) -> &'static str {
@@ -50,6 +55,7 @@ impl Topic {
             Self::Directory => "directory",
             Self::Metadata => "metadata",
             Self::Push => "push",
+            Self::Layout => "layout",
         }
     }
 }
@@ -160,6 +166,22 @@ pub trait EventLog: Send + Sync + 'static {
     /// How many partitions the topic has.
     fn partitions(&self, topic: Topic) -> u16;
 
+    /// How accounts are spread over the partitions of [`Topic::Inbox`].
+    fn layout(&self) -> Arc<Layout> {
+        Arc::new(Layout::of(self.partitions(Topic::Inbox)))
+    }
+
+    /// For how long the newest generation has been known here.
+    fn layout_age(&self) -> Duration {
+        Duration::MAX
+    }
+
+    /// Where an account's records of [`Topic::Inbox`] are appended now. [`AppendError::Unavailable`]: for a moment nobody knows.
+    fn route(&self, account: &AccountId) -> Result<TopicPartition, AppendError> {
+        let partition = Partition::of(account, self.partitions(Topic::Inbox));
+        Ok(TopicPartition { topic: Topic::Inbox, partition })
+    }
+
     /// Queues a record. `Ok` means that `sink.done(token, …)` will be called; `Err` that it never will.
     fn submit(&self, to: TopicPartition, payload: Bytes, sink: &Arc<dyn AppendSink>, token: u64) -> Result<(), AppendError>;
 
@@ -209,6 +231,9 @@ pub enum Consumed {
 pub trait Consumer: Send {
     /// Waits for something to do. Cancel-safe: nothing is lost if the future is dropped.
     async fn next(&mut self) -> Result<Consumed, ReadError>;
+
+    /// Nothing of an owned partition is delivered until a seek. Asked for before the next call of [`Consumer::next`] after it was assigned.
+    async fn hold(&mut self, of: TopicPartition) -> Result<(), ReadError>;
 
     /// The next record delivered of an owned partition is this one.
     async fn seek(&mut self, to: TopicPartition, offset: Offset) -> Result<(), ReadError>;

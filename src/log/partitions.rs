@@ -33,7 +33,13 @@ impl PartitionCounts {
             Topic::Directory => self.directory,
             Topic::Metadata => self.metadata,
             Topic::Push => self.push,
+            Topic::Layout => self.layout(),
         }
+    }
+
+    /// One process needs no topic for it.
+    const fn layout(&self) -> u16 {
+        if self.push > 0 { 1 } else { 0 }
     }
 
     /// Of all topics together.

@@ -10,7 +10,7 @@ use std::collections::{HashMap, HashSet, VecDeque};
 
 use bytes::Bytes;
 
-use crate::ids::{AccountId, AttachId, DeviceAddr, DeviceId, EdgeId, Partition, Seq};
+use crate::ids::{AccountId, AttachId, DeviceAddr, DeviceId, EdgeId, Seq};
 use crate::limits;
 use crate::metadata::step::{Settled, Step as LifeStep};
 use crate::projector::push::Push;
@@ -145,7 +145,7 @@ impl Projection {
             | InboxEvent::Expired { device, .. }
             | InboxEvent::Receipts { device, .. }
             | InboxEvent::DeviceRemoved { device } => inbox(*device),
-            InboxEvent::AccountRemoved { .. } => {}
+            InboxEvent::AccountRemoved { .. } | InboxEvent::Fence { .. } => {}
         }
     }
 
@@ -231,6 +231,8 @@ impl Projection {
                 self.removed.push((account, at));
                 None
             }
+            // The worker's matter.
+            InboxEvent::Fence { .. } => None,
         }
     }
 
@@ -531,11 +533,11 @@ impl Projection {
         before != (self.inboxes.len(), self.marks.len())
     }
 
-    /// Forgets a partition that belongs to somebody else now; call after a flush.
-    pub fn forget(&mut self, partition: Partition, partitions: u16) {
-        self.inboxes.retain(|device, _| Partition::of(&device.account, partitions) != partition);
-        self.marks.retain(|key, _| Partition::of(&key.recipient, partitions) != partition);
-        self.whole.retain(|recipient, _| Partition::of(recipient, partitions) != partition);
+    /// Forgets accounts that belong to somebody else now; call after a flush.
+    pub fn forget(&mut self, gone: impl Fn(&AccountId) -> bool) {
+        self.inboxes.retain(|device, _| !gone(&device.account));
+        self.marks.retain(|key, _| !gone(&key.recipient));
+        self.whole.retain(|recipient, _| !gone(recipient));
     }
 
     /// Receipts due for senders, put together: one entry list for each sending device.

@@ -330,7 +330,7 @@ fn fold(log: &[Bytes]) -> Expected {
                 out.attached.remove(&device);
             }
             InboxEvent::AccountRemoved { .. } => out = Expected::default(),
-            InboxEvent::Receipts { .. } => {}
+            InboxEvent::Receipts { .. } | InboxEvent::Fence { .. } => {}
         }
     }
     out

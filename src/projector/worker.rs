@@ -4,7 +4,7 @@
 //! same write or an earlier one. What is in the store early does no harm when its event is applied again: an item puts the same row,
 //! inboxes and marks say themselves which events they hold.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use crate::clock::Clock;
-use crate::ids::{AccountId, DeviceAddr, EdgeId, Generation, Offset, Partition, Seq};
+use crate::ids::{AccountId, DeviceAddr, EdgeId, Offset, Partition, Seq};
 use crate::limits;
 use crate::log::{AppendError, Consumed, Consumer, EventLog, ReadError, Record, Topic, TopicPartition};
 use crate::metadata;
@@ -26,6 +26,8 @@ use crate::projector::push::{Push, PushBus};
 use crate::projector::recording::Recording;
 use crate::store::{DeliveryStore, DeliveryWrite, DirectoryStore, KeyStore, MarkKey, StoreError};
 use crate::wire::event::{self, DirectoryCommand, InboxEvent, ReceiptKind};
+
+mod scaling;
 
 /// The consumer group of the projectors.
 pub const GROUP: &str = "projector";
@@ -135,6 +137,12 @@ pub struct Worker {
     receipts: Vec<JoinHandle<Result<(), AppendError>>>,
     moved: bool,
     trail: Option<Trail>,
+    /// Assigned partitions of a new generation, until what their accounts had before is in the store.
+    waiting: BTreeSet<TopicPartition>,
+    /// Partitions of an old generation in which this worker has set a fence.
+    fenced: BTreeSet<TopicPartition>,
+    /// Partitions that this worker said to be drained.
+    drained: BTreeSet<Partition>,
     window_ends: Option<Instant>,
     soon_at: Option<Instant>,
     progress: watch::Sender<Progress>,
@@ -180,6 +188,9 @@ impl Worker {
             owned: BTreeMap::new(),
             moved: false,
             trail: None,
+            waiting: BTreeSet::new(),
+            fenced: BTreeSet::new(),
+            drained: BTreeSet::new(),
             window_ends: None,
             soon_at: None,
             progress,
@@ -224,8 +235,9 @@ impl Worker {
     pub async fn run(mut self, mut stop: watch::Receiver<bool>) -> Result<(), WorkerError> {
         let mut consumer = self.parts.log.consumer(GROUP, &[Topic::Directory, Topic::Inbox]).await?;
         let mut expire_at = Instant::now() + self.pace.expiry.min(Duration::from_secs(60));
+        let mut look_at = Instant::now();
         loop {
-            let due = [self.window_ends, self.soon_at].into_iter().flatten().min().unwrap_or(expire_at).min(expire_at);
+            let due = [self.window_ends, self.soon_at].into_iter().flatten().min().unwrap_or(expire_at).min(expire_at).min(look_at);
             tokio::select! {
                 biased;
                 () = async { let _ = stop.wait_for(|stop| *stop).await; } => break,
@@ -238,6 +250,10 @@ impl Worker {
             }
             if self.window_ends.is_some_and(|at| at <= now) || self.projection.fresh_bytes() > limits::WINDOW_BYTES {
                 self.flush(consumer.as_mut()).await?;
+            }
+            if look_at <= now {
+                look_at = now + Duration::from_millis(limits::LAYOUT_LOOK_MS);
+                self.look_at_layout(consumer.as_mut()).await?;
             }
             if expire_at <= now {
                 expire_at = now + self.pace.expiry;
@@ -265,33 +281,17 @@ impl Worker {
     async fn consumed(&mut self, consumed: Consumed, consumer: &mut dyn Consumer) -> Result<(), WorkerError> {
         match consumed {
             Consumed::Assigned(partitions) => {
-                for tp in partitions {
-                    let next = match tp.topic {
-                        Topic::Directory => self.parts.directory.directory_position(tp.partition).await?,
-                        _ => self.parts.delivery.position(tp.partition).await?,
-                    };
-                    for view in &self.beside {
-                        let said = view.of(tp).await?;
-                        self.quiet_before.entry(tp).and_modify(|before| *before = said.max(*before)).or_insert(said);
-                    }
-                    let (earliest, end) = self.parts.log.bounds(tp).await?;
-                    if next < earliest && next > Offset(0) {
-                        tracing::error!(
-                            topic = tp.topic.name(),
-                            "records were removed before the projector applied them; affected devices will miss envelopes"
-                        );
-                    }
-                    let next = next.max(earliest);
-                    consumer.seek(tp, next).await?;
-                    self.owned.insert(tp, Owned { next, end_at_start: end });
-                }
+                self.assigned(partitions, consumer).await?;
             }
             Consumed::Revoked(partitions) => {
                 self.flush_now(consumer).await?;
                 for tp in partitions {
                     self.owned.remove(&tp);
+                    self.waiting.remove(&tp);
+                    self.fenced.remove(&tp);
                     if tp.topic == Topic::Inbox {
-                        self.projection.forget(tp.partition, self.parts.log.partitions(Topic::Inbox));
+                        let layout = self.parts.log.layout();
+                        self.projection.forget(|account| layout.held(tp.partition, account));
                     }
                 }
             }
@@ -301,7 +301,7 @@ impl Worker {
                     records += batch.len() as u64;
                     match tp.topic {
                         Topic::Directory => self.directory(tp, &batch).await?,
-                        _ => self.inbox(tp, &batch).await?,
+                        _ => self.inbox(tp, &batch, consumer).await?,
                     }
                     if let (Some(last), Some(owned)) = (batch.last(), self.owned.get_mut(&tp)) {
                         owned.next = last.offset.next();
@@ -337,16 +337,36 @@ impl Worker {
         }
     }
 
-    async fn inbox(&mut self, tp: TopicPartition, batch: &[Record]) -> Result<(), WorkerError> {
+    async fn inbox(&mut self, tp: TopicPartition, batch: &[Record], consumer: &mut dyn Consumer) -> Result<(), WorkerError> {
+        let mut rest = batch;
+        while !rest.is_empty() && !self.is_past(tp.partition) {
+            let Some(fence) = self.apply(tp, rest).await? else { return Ok(()) };
+            self.drain(tp, rest[fence].offset, consumer).await?;
+            rest = &rest[fence + 1..];
+        }
+        self.pass_on(tp, rest).await
+    }
+
+    /// Applies records up to a fence, and says where that is if there is one.
+    async fn apply(&mut self, tp: TopicPartition, batch: &[Record]) -> Result<Option<usize>, WorkerError> {
+        let generation = self.parts.log.layout().generation_of(tp.partition).unwrap_or_default();
         let mut events = Vec::with_capacity(batch.len());
         let mut needs = Needs::default();
-        for record in batch {
+        let mut fence = None;
+        for (at, record) in batch.iter().enumerate() {
             let event: InboxEvent<'_> = event::decode(&record.payload).map_err(|source| undecodable(tp, record, source))?;
             self.projection.needs(&event, &mut needs);
-            if matches!(event, InboxEvent::Expired { .. }) {
+            match event {
                 // Streams say the gap from now on; pages, which read the store, should not show for much longer what expired.
-                let soon = Instant::now() + self.pace.soon;
-                self.window_ends = Some(self.window_ends.map_or(soon, |at| at.min(soon)));
+                InboxEvent::Expired { .. } => {
+                    let soon = Instant::now() + self.pace.soon;
+                    self.window_ends = Some(self.window_ends.map_or(soon, |at| at.min(soon)));
+                }
+                InboxEvent::Fence { generation: next } if next > generation => {
+                    fence = Some(at);
+                    break;
+                }
+                _ => {}
             }
             events.push((record, event));
         }
@@ -354,7 +374,7 @@ impl Worker {
             self.load(needs).await?;
         }
         for (record, event) in events {
-            let at = Seq::at(Generation(0), record.offset);
+            let at = Seq::at(generation, record.offset);
             if let Some(step) = self.projection.apply(at, event, &record.payload) {
                 self.step(step).await?;
             }
@@ -369,7 +389,8 @@ impl Worker {
                 recording.add(tp, record.appended, steps);
             }
         }
-        self.record().await
+        self.record().await?;
+        Ok(fence)
     }
 
     /// Metadata goes to the log in batches, which a position waits for as it does for receipts.
@@ -470,8 +491,7 @@ impl Worker {
             return Ok(retry(|| plan.commit_view(parts.directory.as_ref())).await?);
         }
         for (account, event) in plan.inbox_events() {
-            let partition = Partition::of(&account, parts.log.partitions(Topic::Inbox));
-            append(parts.log.as_ref(), TopicPartition { topic: Topic::Inbox, partition }, event::encode(&event)).await?;
+            append_for(parts.log.as_ref(), &account, event::encode(&event)).await?;
         }
         if let Some(recording) = &mut self.recording {
             // Their time is the command's own.
@@ -529,13 +549,12 @@ impl Worker {
         }
         let log = Arc::clone(&self.parts.log);
         self.receipts.push(tokio::spawn(async move {
-            let partitions = log.partitions(Topic::Inbox);
             let mut appends = Vec::with_capacity(due.len());
             for (sender, entries) in due {
                 for chunk in entries.chunks(limits::RECEIPT_ENTRIES) {
                     let payload = event::encode(&InboxEvent::Receipts { device: sender, entries: chunk.to_vec() });
-                    let partition = Partition::of(&sender.account, partitions);
-                    appends.push(append(log.as_ref(), TopicPartition { topic: Topic::Inbox, partition }, payload));
+                    let log = log.as_ref();
+                    appends.push(async move { append_for(log, &sender.account, payload).await });
                 }
             }
             futures_util::future::try_join_all(appends).await.map(drop)
@@ -611,7 +630,7 @@ impl Worker {
             return Ok(());
         }
         let before = crate::clock::UnixMillis(self.parts.clock.now().0.saturating_sub(limits::ENVELOPE_TTL_MS));
-        let partitions = self.parts.log.partitions(Topic::Inbox);
+        let layout = self.parts.log.layout();
         let mut after = None;
         loop {
             let delivery = &self.parts.delivery;
@@ -619,7 +638,7 @@ impl Worker {
             let Some((last, _)) = page.last() else { return Ok(()) };
             after = Some(*last);
             for (device, to) in page {
-                let tp = TopicPartition { topic: Topic::Inbox, partition: Partition::of(&device.account, partitions) };
+                let tp = TopicPartition { topic: Topic::Inbox, partition: layout.partition_of(&device.account) };
                 if self.owned.contains_key(&tp) {
                     metrics::observe_expired(1);
                     append(self.parts.log.as_ref(), tp, event::encode(&InboxEvent::Expired { device, to })).await?;
@@ -638,6 +657,17 @@ pub(super) async fn append(log: &dyn EventLog, to: TopicPartition, payload: Byte
                 tokio::time::sleep(Duration::from_millis(20)).await
             }
             other => return other.map(drop),
+        }
+    }
+}
+
+/// The same for an account's partition of `inbox`, wherever that is by then.
+async fn append_for(log: &dyn EventLog, account: &AccountId, payload: Bytes) -> Result<(), AppendError> {
+    loop {
+        match log.route(account) {
+            Ok(to) => return append(log, to, payload).await,
+            Err(AppendError::Unavailable(_)) => tokio::time::sleep(Duration::from_millis(20)).await,
+            Err(error) => return Err(error),
         }
     }
 }

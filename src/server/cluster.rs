@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::config::{Config, Cql, Kafka, SaslMechanism};
-use crate::log::Follow;
+use crate::log::{EventLog, Follow};
 use crate::log::kafka as log;
 use crate::server::{Backends, ServerError, View};
 use crate::store::cql as store;
@@ -67,7 +67,7 @@ pub(super) async fn open(config: &Config) -> Result<Backends, ServerError> {
     if let Some(keyspace) = cql.mirror_keyspace.as_deref().filter(|_| config.role.is_projector()) {
         let other = store::CqlStore::open(beside(cql, keyspace)).await?;
         tracing::info!(keyspace = %cql.keyspace, mirror = %keyspace, "two keyspaces are kept");
-        view = View::two([store.clone(), other], log.as_ref());
+        view = View::two([store.clone(), other], &(Arc::clone(&log) as Arc<dyn EventLog>));
     }
     Ok(Backends { log, delivery: store.clone(), directory: store.clone(), keys: store, view, pushes })
 }

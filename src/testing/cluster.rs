@@ -75,7 +75,7 @@ impl TestCluster {
             let partitions = match topic {
                 Topic::Inbox => 4,
                 Topic::Directory | Topic::Push => 2,
-                Topic::Groups | Topic::Metadata => 1,
+                Topic::Groups | Topic::Metadata | Topic::Layout => 1,
             };
             NewKafkaTopic::new(topic, partitions, 1)
         });

@@ -8,7 +8,7 @@ use bincode::{BorrowDecode, Decode, Encode, config};
 use bytes::Bytes;
 
 use crate::clock::UnixMillis;
-use crate::ids::{AccountId, AttachId, ClientMessageId, DeviceAddr, DeviceId, EdgeId, Identity, Offset, RegistrationId, Seq};
+use crate::ids::{AccountId, AttachId, ClientMessageId, DeviceAddr, DeviceId, EdgeId, Generation, Identity, Offset, RegistrationId, Seq};
 use crate::limits;
 
 /// The version byte before every event; another one is refused, never guessed.
@@ -121,6 +121,28 @@ pub enum InboxEvent<'a> {
         /// Which account.
         account: AccountId,
     },
+    /// The partition belongs to the past: what stands behind it is passed on to this generation. See `log::layout`.
+    Fence {
+        /// The one that follows.
+        generation: Generation,
+    },
+}
+
+impl InboxEvent<'_> {
+    /// Whose inboxes it changes.
+    pub const fn account(&self) -> Option<AccountId> {
+        match self {
+            Self::EnvelopesAccepted(accepted) => Some(accepted.recipient),
+            Self::Acked { device, .. }
+            | Self::DeviceAttached { device, .. }
+            | Self::DeviceDetached { device, .. }
+            | Self::Expired { device, .. }
+            | Self::Receipts { device, .. }
+            | Self::DeviceRemoved { device } => Some(device.account),
+            Self::AccountRemoved { account } => Some(*account),
+            Self::Fence { .. } => None,
+        }
+    }
 }
 
 /// One accepted `Send`.

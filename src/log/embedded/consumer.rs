@@ -184,6 +184,11 @@ impl Consumer for EmbeddedConsumer {
         }
     }
 
+    async fn hold(&mut self, of: TopicPartition) -> Result<(), ReadError> {
+        // One process has one layout: nothing ever waits for another partition.
+        self.shared.slot(of).map(drop)
+    }
+
     async fn seek(&mut self, to: TopicPartition, offset: Offset) -> Result<(), ReadError> {
         self.owned(to, |view, slot| {
             let (earliest, next) = (view.parts[slot as usize].earliest(), view.parts[slot as usize].next);

@@ -148,7 +148,7 @@ pub const fn topic_number(topic: Topic) -> u8 {
         Topic::Directory => 2,
         Topic::Metadata => 3,
         // Never on disk.
-        Topic::Push => 255,
+        Topic::Push | Topic::Layout => 255,
     }
 }
 

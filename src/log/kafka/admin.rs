@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use rdkafka::admin::{AdminClient, AdminOptions, AlterConfig, ConfigResource, ConfigSource, NewTopic, ResourceSpecifier, TopicReplication};
+use rdkafka::admin::{
+    AdminClient, AdminOptions, AlterConfig, ConfigResource, ConfigSource, NewPartitions, NewTopic, ResourceSpecifier, TopicReplication,
+};
 use rdkafka::client::DefaultClientContext;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 
@@ -87,6 +89,22 @@ pub async fn create_topics(options: &KafkaOptions, topics: &[NewKafkaTopic]) -> 
             Ok(_) => {}
             Err((topic, RDKafkaErrorCode::TopicAlreadyExists)) => return Err(KafkaAdminError::Exists(topic)),
             Err((topic, code)) => return Err(KafkaAdminError::Refused { topic, reason: code.to_string() }),
+        }
+    }
+    Ok(())
+}
+
+/// Gives topic `inbox` more partitions, so many in all; returns when the brokers know them. `sealpost topology scale` puts them to use.
+pub async fn grow_inbox(options: &KafkaOptions, partitions: u16) -> Result<(), KafkaAdminError> {
+    let unavailable = |error: KafkaError| KafkaAdminError::Unavailable(error.to_string());
+    let admin = admin(options).map_err(unavailable)?;
+    let name = options.topic(Topic::Inbox);
+    let wanted = [NewPartitions::new(&name, usize::from(partitions))];
+    let grown = admin.create_partitions(&wanted, &patience()).await.map_err(unavailable);
+    let _ = tokio::task::spawn_blocking(move || drop(admin)).await;
+    for result in grown? {
+        if let Err((topic, code)) = result {
+            return Err(KafkaAdminError::Refused { topic, reason: code.to_string() });
         }
     }
     Ok(())

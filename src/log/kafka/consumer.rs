@@ -118,6 +118,8 @@ struct Owned {
     committed: Option<Offset>,
     /// It was taken from us: commits would be refused.
     lost: bool,
+    /// Nothing of it is wanted until a seek.
+    held: bool,
     /// Why it can't go on from `next`, until a seek.
     stuck: Option<ReadError>,
 }
@@ -219,7 +221,7 @@ impl KafkaConsumer {
     /// Gets the partitions that stay going again after a step of a rebalance. The driver had paused them and dropped what it had
     /// fetched; it resumes them by itself, but does not wake its fetching thread, which then sleeps for up to a second. A seek wakes it.
     fn go_on(&self, fresh: &[TopicPartition]) -> Result<(), ReadError> {
-        let stay = self.owned.iter().filter(|(of, owned)| !owned.lost && owned.stuck.is_none() && !fresh.contains(of));
+        let stay = self.owned.iter().filter(|(of, owned)| !owned.lost && !owned.held && owned.stuck.is_none() && !fresh.contains(of));
         for (of, next) in stay.filter_map(|(of, owned)| Some((of, owned.next?))) {
             let (topic, partition) = (self.names.of(of.topic), i32::from(of.partition.0));
             if let Err(error) = self.driver()?.seek(topic, partition, names::position(next), Duration::ZERO) {
@@ -241,6 +243,12 @@ impl KafkaConsumer {
             }
             let gone = partitions.iter().map(|&of| (self.names.of(of.topic).to_owned(), i32::from(of.partition.0))).collect();
             self.context.wishes.lock().push_front(Wish::Revoke { partitions: gone, lost: true });
+            return Ok(());
+        }
+        let held = partitions.iter().filter(|of| self.owned.get(of).is_some_and(|owned| owned.held));
+        let list = self.names.list(held.map(|&of| (of, None)));
+        if list.count() > 0 {
+            self.driver()?.pause(&list).map_err(unavailable)?;
         }
         Ok(())
     }
@@ -294,6 +302,10 @@ impl KafkaConsumer {
                         continue;
                     }
                     metrics::observe_log_moved(Moved::Assigned, partitions.len());
+                    // The group may know of new partitions before this process has looked for them.
+                    for of in partitions.iter().filter(|of| of.topic == Topic::Inbox) {
+                        self.names.inbox_grew(of.partition.0 + 1);
+                    }
                     self.owned.extend(partitions.iter().map(|&of| (of, Owned::default())));
                     self.told = Told::Assigned(partitions.clone());
                     return Ok(Some(Consumed::Assigned(partitions)));
@@ -353,7 +365,9 @@ impl KafkaConsumer {
         let (Some(of), Some(offset)) = (self.names.parse(message.topic(), message.partition()), names::offset(message.offset())) else {
             return;
         };
-        let Some(owned) = self.owned.get_mut(&of).filter(|owned| !owned.lost && owned.stuck.is_none()) else { return };
+        let Some(owned) = self.owned.get_mut(&of).filter(|owned| !owned.lost && !owned.held && owned.stuck.is_none()) else {
+            return;
+        };
         match owned.next {
             Some(next) if offset < next => {
                 // Asked for a position that the log does not have yet, the driver starts again from the earliest.
@@ -432,12 +446,17 @@ impl Consumer for KafkaConsumer {
         }
     }
 
+    async fn hold(&mut self, of: TopicPartition) -> Result<(), ReadError> {
+        self.mine(of)?.held = true;
+        Ok(())
+    }
+
     async fn seek(&mut self, to: TopicPartition, offset: Offset) -> Result<(), ReadError> {
         let fresh = matches!(&self.told, Told::Assigned(partitions) if partitions.contains(&to));
         let owned = self.mine(to)?;
         owned.next = Some(offset);
         owned.stuck = None;
-        let lost = owned.lost;
+        let (lost, held) = (owned.lost, std::mem::take(&mut owned.held));
         self.ready.forget(to);
         self.holes.retain(|(of, _)| *of != to);
         if fresh || lost {
@@ -446,7 +465,11 @@ impl Consumer for KafkaConsumer {
         }
         let (topic, partition) = (self.names.of(to.topic), i32::from(to.partition.0));
         // Without waiting: from here on the driver drops what it had fetched for the old position.
-        self.driver()?.seek(topic, partition, names::position(offset), Duration::ZERO).map_err(unavailable)
+        self.driver()?.seek(topic, partition, names::position(offset), Duration::ZERO).map_err(unavailable)?;
+        if held {
+            self.driver()?.resume(&self.names.list([(to, None)])).map_err(unavailable)?;
+        }
+        Ok(())
     }
 
     async fn commit(&mut self, of: TopicPartition, offset: Offset) -> Result<(), ReadError> {

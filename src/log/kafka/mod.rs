@@ -23,24 +23,29 @@ use rdkafka::metadata::Metadata;
 use rdkafka::producer::Producer as _;
 use tokio_util::sync::CancellationToken;
 
-use crate::ids::Offset;
+use crate::ids::{AccountId, Offset};
 use crate::limits;
 use crate::log::kafka::consumer::KafkaConsumer;
+use crate::log::kafka::layout::Layouts;
 use crate::log::kafka::names::Names;
 use crate::log::kafka::producer::Producer;
 use crate::log::kafka::reader::Readers;
+use crate::log::layout::Layout;
 use crate::log::{AppendError, AppendSink, Consumer, EventLog, Follow, PartitionCounts, ReadError, Record, Topic, TopicPartition};
 
 mod admin;
 mod batch;
 mod consumer;
 mod groups;
+mod layout;
 mod names;
 mod options;
 mod producer;
 mod reader;
 
-pub use admin::{KafkaAdminError, KafkaCluster, KafkaTopic, NewKafkaTopic, alter_settings, create_topics, delete_topics, describe_topics};
+pub use admin::{
+    KafkaAdminError, KafkaCluster, KafkaTopic, NewKafkaTopic, alter_settings, create_topics, delete_topics, describe_topics, grow_inbox,
+};
 pub use groups::{Group, GroupMember, GroupWatch, Position};
 pub use options::{KafkaOpenError, KafkaOptions, KafkaSasl, KafkaTls, SaslMechanism};
 
@@ -48,6 +53,7 @@ pub use options::{KafkaOpenError, KafkaOptions, KafkaSasl, KafkaTls, SaslMechani
 pub struct KafkaLog {
     options: KafkaOptions,
     names: Arc<Names>,
+    layouts: Arc<Layouts>,
     producer: Arc<Producer>,
     readers: Arc<Readers>,
     closed: CancellationToken,
@@ -90,14 +96,18 @@ impl KafkaLog {
                 });
             }
         };
-        Ok(Arc::new(Self {
+        let log = Arc::new(Self {
             names: Arc::new(Names::new(&options, counts)),
+            layouts: Arc::new(Layouts::new(counts.inbox)),
             options,
             producer,
             readers: Arc::default(),
             closed: CancellationToken::new(),
             running: Mutex::new(Some(Running { acks, dispatcher })),
-        }))
+        });
+        layout::look(&log).await.map_err(|error| KafkaOpenError::Layout(error.to_string()))?;
+        tokio::spawn(layout::follow(Arc::downgrade(&log), log.closed.clone()));
+        Ok(log)
     }
 
     fn known(&self, of: TopicPartition) -> Result<(), ReadError> {
@@ -145,7 +155,8 @@ fn check_topics(metadata: &Metadata, options: &KafkaOptions) -> Result<Partition
             let reason = headless.error().map_or_else(|| "no leader".to_owned(), |code| RDKafkaErrorCode::from(code).to_string());
             return Err(KafkaOpenError::NoLeader { topic: name, partition: headless.id(), reason });
         }
-        let expected = options.partitions.map_or(partitions.len(), |counts| usize::from(counts.of(topic)));
+        let expected =
+            options.partitions.filter(|_| topic != Topic::Layout).map_or(partitions.len(), |counts| usize::from(counts.of(topic)));
         let count = u16::try_from(partitions.len()).ok().filter(|_| partitions.len() == expected);
         let Some(count) = count else { return Err(KafkaOpenError::PartitionCount { topic: name, found: partitions.len(), expected }) };
         match topic {
@@ -154,6 +165,7 @@ fn check_topics(metadata: &Metadata, options: &KafkaOptions) -> Result<Partition
             Topic::Directory => counts.directory = count,
             Topic::Metadata => counts.metadata = count,
             Topic::Push => counts.push = count,
+            Topic::Layout => {}
         }
     }
     Ok(counts)
@@ -190,7 +202,19 @@ impl Follow for KafkaLog {
 #[async_trait]
 impl EventLog for KafkaLog {
     fn partitions(&self, topic: Topic) -> u16 {
-        self.names.counts.of(topic)
+        self.names.count(topic)
+    }
+
+    fn layout(&self) -> Arc<Layout> {
+        self.layouts.current()
+    }
+
+    fn layout_age(&self) -> Duration {
+        self.layouts.age()
+    }
+
+    fn route(&self, account: &AccountId) -> Result<TopicPartition, AppendError> {
+        self.layouts.route(account)
     }
 
     fn submit(&self, to: TopicPartition, payload: Bytes, sink: &Arc<dyn AppendSink>, token: u64) -> Result<(), AppendError> {

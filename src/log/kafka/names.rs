@@ -1,5 +1,7 @@
 //! Topics by the names that they have on the cluster.
 
+use std::sync::atomic::{AtomicU16, Ordering};
+
 use rdkafka::TopicPartitionList;
 use rdkafka::topic_partition_list::Offset as Position;
 
@@ -8,15 +10,30 @@ use crate::log::kafka::options::KafkaOptions;
 use crate::log::{PartitionCounts, Topic, TopicPartition};
 
 /// Names and partitions of the topics, in the order of [`Topic::ON_CLUSTER`].
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(super) struct Names {
     names: [String; Topic::ON_CLUSTER.len()],
-    pub counts: PartitionCounts,
+    counts: PartitionCounts,
+    /// Partitions of `inbox`, the only topic that grows.
+    inbox: AtomicU16,
 }
 
 impl Names {
     pub fn new(options: &KafkaOptions, counts: PartitionCounts) -> Self {
-        Self { names: Topic::ON_CLUSTER.map(|topic| options.topic(topic)), counts }
+        Self { names: Topic::ON_CLUSTER.map(|topic| options.topic(topic)), counts, inbox: AtomicU16::new(counts.inbox) }
+    }
+
+    /// How many partitions a topic has.
+    pub fn count(&self, topic: Topic) -> u16 {
+        match topic {
+            Topic::Inbox => self.inbox.load(Ordering::Relaxed),
+            _ => self.counts.of(topic),
+        }
+    }
+
+    /// The topic `inbox` has at least so many partitions now.
+    pub fn inbox_grew(&self, count: u16) {
+        self.inbox.fetch_max(count, Ordering::Relaxed);
     }
 
     pub fn of(&self, topic: Topic) -> &str {
@@ -24,7 +41,7 @@ impl Names {
     }
 
     pub fn exists(&self, of: TopicPartition) -> bool {
-        of.partition.0 < self.counts.of(of.topic)
+        of.partition.0 < self.count(of.topic)
     }
 
     /// What a partition of the cluster is to us, if it is one of ours.

@@ -131,6 +131,9 @@ pub enum KafkaOpenError {
         /// What it must have.
         expected: usize,
     },
+    /// Topic `layout` could not be read: nobody knows where accounts are.
+    #[error("how accounts are spread over the partitions can't be read from topic layout: {0}")]
+    Layout(String),
     /// Partitions have no leader: brokers are down. A retry can help.
     #[error("partition {partition} of the topic `{topic}` has no leader ({reason}); start the brokers that hold its replicas")]
     NoLeader {
@@ -271,6 +274,8 @@ impl KafkaOptions {
             .set("partition.assignment.strategy", "cooperative-sticky")
             .set("session.timeout.ms", session_ms.to_string())
             // Who beats learns of a rebalance, so beats are frequent; they cost next to nothing.
+            // How soon the group learns of partitions that `inbox` got.
+            .set("topic.metadata.refresh.interval.ms", "2000")
             .set("heartbeat.interval.ms", (session_ms / 24).clamp(100, 1000).to_string())
             .set("max.poll.interval.ms", limits::KAFKA_OWNER_AWAY_MS.max(session_ms).to_string());
         config
