@@ -1,6 +1,7 @@
 //! G-REBUILD on a cluster: a view made anew in a fresh keyspace while messages flow equals the live one, and the service moves to it without
 //! losing or doubling anything.
 
+use std::io::{BufRead as _, BufReader};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -245,14 +246,16 @@ async fn a_running_service_moves_to_a_fresh_keyspace() -> Result<()> {
         accepted(&sender, &[&away], id).await?;
     }
 
-    let args = ["load", "--server", &service.url(), "--senders", "8", "--recipients", "8", "--rate", "200", "--seconds", "60", "--json"];
+    let args = ["load", "--server", &service.url(), "--senders", "8", "--recipients", "8", "--rate", "200", "--seconds", "100", "--json"];
     let load = Command::new(env!("CARGO_BIN_EXE_sealpost")).args(args).stdout(Stdio::piped()).stderr(Stdio::null()).spawn()?;
     tokio::time::sleep(Duration::from_secs(3)).await;
 
     let begun = Instant::now();
-    let mut follower = Process(service.command(&["rebuild", "--into", &new, "--follow"], &old, None).stdout(Stdio::null()).spawn()?);
-    tokio::time::sleep(Duration::from_secs(12)).await;
-    ensure!(follower.0.try_wait()?.is_none(), "the views did not differ, and it follows");
+    let mut follower = Process(service.command(&["rebuild", "--into", &new, "--follow"], &old, None).stdout(Stdio::piped()).spawn()?);
+    // It says so once it has compared the views and found no difference.
+    let said = BufReader::new(follower.0.stdout.take().context("its output")?);
+    let follows = tokio::task::spawn_blocking(move || said.lines().map_while(Result::ok).any(|line| line.contains("kept up to date")));
+    ensure!(tokio::time::timeout(Duration::from_secs(120), follows).await??, "the views do not differ, and it follows");
     service.compared(&new)?;
     println!("rebuilt and compared after {:.1} s", begun.elapsed().as_secs_f64());
 

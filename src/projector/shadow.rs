@@ -130,9 +130,10 @@ struct ByHand {
 impl ByHand {
     /// Partitions that were made since the last look.
     fn fresh(&mut self) -> Vec<TopicPartition> {
-        let all = self.topics.iter().flat_map(|&topic| {
-            (0..self.log.partitions(topic)).map(move |number| TopicPartition { topic, partition: Partition(number) })
-        });
+        let all = self
+            .topics
+            .iter()
+            .flat_map(|&topic| (0..self.log.partitions(topic)).map(move |number| TopicPartition { topic, partition: Partition(number) }));
         let fresh: Vec<_> = all.filter(|of| !self.from.contains_key(of)).collect();
         self.from.extend(fresh.iter().map(|of| (*of, Offset(0))));
         fresh

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use crate::config::{Config, Cql, Kafka, SaslMechanism};
-use crate::log::{EventLog, Follow};
 use crate::log::kafka as log;
+use crate::log::{EventLog, Follow};
 use crate::server::{Backends, ServerError, View};
 use crate::store::cql as store;
 
