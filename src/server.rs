@@ -29,6 +29,8 @@ use crate::directory::Directory;
 use crate::edge::serve::{Listener, Options as ServeOptions, ServeError, serve};
 use crate::edge::{EdgeState, Health, Operations, Parts, router};
 use crate::ids::EdgeId;
+#[cfg(feature = "cluster")]
+use crate::ids::Partition;
 use crate::keys::KeyService;
 use crate::limits;
 use crate::log::embedded::OpenError as LogOpenError;
@@ -112,9 +114,15 @@ impl View {
     }
 
     #[cfg(feature = "cluster")]
-    fn two<S: DeliveryStore + DirectoryStore>(views: [Arc<S>; 2], log: &dyn EventLog) -> Self {
+    fn two<S: DeliveryStore + DirectoryStore>(views: [Arc<S>; 2], log: &Arc<dyn EventLog>) -> Self {
         let each = views.iter().map(|view| Positions { delivery: view.clone(), directory: view.clone() }).collect();
-        let both = Arc::new(Mirrored::new(views, log.partitions(Topic::Inbox), log.partitions(Topic::Directory)));
+        let (layout, settled, directory) = (Arc::clone(log), Arc::clone(log), log.partitions(Topic::Directory));
+        let both = Arc::new(Mirrored::new(
+            views,
+            Box::new(move |account| layout.layout().partitions_for(account)),
+            move |partition| settled.layout().is_drained(partition),
+            Box::new(move |account| vec![Partition::of(account, directory)]),
+        ));
         Self { delivery: both.clone(), directory: both, each }
     }
 }

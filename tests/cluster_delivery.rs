@@ -85,9 +85,9 @@ async fn a_test_leaves_neither_topics_nor_keyspaces() -> Result<()> {
     let Some(cluster) = TestCluster::new("a_test_leaves_neither_topics_nor_keyspaces").await? else { return Ok(()) };
     let (kafka, cql) = (kafka_options(&cluster.kafka), cql_options(&cluster.cql));
     let here = async || anyhow::Ok((describe_topics(&kafka).await?.topics.len(), CqlStore::open(cql.clone()).await.is_ok()));
-    ensure!(here().await? == (5, true));
+    ensure!(here().await? == (6, true));
     drop(cluster.clone());
-    ensure!(here().await? == (5, true), "somebody holds it");
+    ensure!(here().await? == (6, true), "somebody holds it");
     drop(cluster);
     ensure!(here().await? == (0, false));
     Ok(())

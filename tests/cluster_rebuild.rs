@@ -1,6 +1,7 @@
 //! G-REBUILD on a cluster: a view made anew in a fresh keyspace while messages flow equals the live one, and the service moves to it without
 //! losing or doubling anything.
 
+use std::io::{BufRead as _, BufReader};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -74,6 +75,72 @@ async fn a_fresh_keyspace_equals_the_live_one_and_a_difference_is_found() -> Res
     ensure!(compared.kinds["inboxes"].different >= 2, "{compared:?}");
     ensure!(compared.named.iter().any(|name| name.contains(&tablet.addr.account.to_string())), "{compared:?}");
     drop((edge, projector));
+    Ok(())
+}
+
+/// Partitions were scaled before a rebuild, and again while a fresh keyspace follows: it applies the generations in their order, also after it was
+/// stopped between them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_rebuild_goes_through_generations_of_partitions() -> Result<()> {
+    let Some(cluster) = TestCluster::new("a_rebuild_goes_through_generations_of_partitions").await? else { return Ok(()) };
+    let projector = process(&cluster, Role::Projector).await?;
+    let edge = process(&cluster, Role::Edge).await?;
+    let alice = edge.device("alice@socialink").await?;
+    let mut others = Vec::new();
+    for n in 0..8 {
+        others.push(edge.device(&format!("user{n}@vignette")).await?);
+    }
+    let mut id = 0;
+    let mut talk = async || -> Result<()> {
+        for _ in 0..5 {
+            id += 1;
+            for other in &others {
+                accepted(&alice, &[other], id).await?;
+            }
+        }
+        let mut stream = others[0].connect().await?;
+        let backlog = stream.backlog().await?;
+        stream.ack(backlog[0].seq).await?;
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        Ok(())
+    };
+    let scale = |partitions: &str| {
+        let output = Command::new(env!("CARGO_BIN_EXE_sealpost"))
+            .args(["topology", "scale", "--json", "--partitions", partitions, "--kafka", &cluster.kafka.brokers])
+            .env("SEALPOST_KAFKA__BROKERS", &cluster.kafka.brokers)
+            .env("SEALPOST_KAFKA__PREFIX", &cluster.kafka.prefix)
+            .output()?;
+        ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        Ok(())
+    };
+    talk().await?;
+    tokio::task::block_in_place(|| scale("6"))?;
+    talk().await?;
+
+    let (config, keyspace) = (config(&cluster), cluster.other_keyspace());
+    let mut fresh = Fresh::start(&config, &keyspace).await?;
+    fresh.catch_up(0, |_| ()).await?;
+    equal(&fresh).await.context("behind one change")?;
+    fresh.end().await?;
+    // Goes on behind fences that it has met already, and meets new ones.
+    let mut fresh = Fresh::start(&config, &keyspace).await?;
+    talk().await?;
+    tokio::task::block_in_place(|| scale("9"))?;
+    talk().await?;
+    fresh.catch_up(0, |_| ()).await?;
+    equal(&fresh).await.context("behind another")?;
+    fresh.end().await?;
+    drop((edge, projector));
+    Ok(())
+}
+
+async fn equal(fresh: &Fresh) -> Result<()> {
+    let (log, live, other) = fresh.parts();
+    let compared = compare(log.as_ref(), live, other, PATIENCE).await?;
+    println!("{compared:?}");
+    ensure!(compared.different() == 0, "{compared:?}");
+    ensure!(compared.kinds.values().all(|tally| tally.undecided == 0), "nothing moves any more: {compared:?}");
+    ensure!(compared.kinds["inboxes"].equal == 9 && compared.kinds["marks"].equal == 8, "{compared:?}");
     Ok(())
 }
 
@@ -179,14 +246,16 @@ async fn a_running_service_moves_to_a_fresh_keyspace() -> Result<()> {
         accepted(&sender, &[&away], id).await?;
     }
 
-    let args = ["load", "--server", &service.url(), "--senders", "8", "--recipients", "8", "--rate", "200", "--seconds", "60", "--json"];
+    let args = ["load", "--server", &service.url(), "--senders", "8", "--recipients", "8", "--rate", "200", "--seconds", "100", "--json"];
     let load = Command::new(env!("CARGO_BIN_EXE_sealpost")).args(args).stdout(Stdio::piped()).stderr(Stdio::null()).spawn()?;
     tokio::time::sleep(Duration::from_secs(3)).await;
 
     let begun = Instant::now();
-    let mut follower = Process(service.command(&["rebuild", "--into", &new, "--follow"], &old, None).stdout(Stdio::null()).spawn()?);
-    tokio::time::sleep(Duration::from_secs(12)).await;
-    ensure!(follower.0.try_wait()?.is_none(), "the views did not differ, and it follows");
+    let mut follower = Process(service.command(&["rebuild", "--into", &new, "--follow"], &old, None).stdout(Stdio::piped()).spawn()?);
+    // It says so once it has compared the views and found no difference.
+    let said = BufReader::new(follower.0.stdout.take().context("its output")?);
+    let follows = tokio::task::spawn_blocking(move || said.lines().map_while(Result::ok).any(|line| line.contains("kept up to date")));
+    ensure!(tokio::time::timeout(Duration::from_secs(120), follows).await??, "the views do not differ, and it follows");
     service.compared(&new)?;
     println!("rebuilt and compared after {:.1} s", begun.elapsed().as_secs_f64());
 

@@ -107,6 +107,16 @@ impl Layout {
         }
     }
 
+    /// The same as somebody sees it who has met the end of only these partitions.
+    pub fn as_met(&self, drained: &BTreeSet<Partition>) -> Self {
+        Self { spans: self.spans.clone(), drained: drained.clone() }
+    }
+
+    /// Every partition that an account's records ever went to, the newest first.
+    pub fn partitions_for(&self, account: &AccountId) -> Vec<Partition> {
+        self.spans.iter().rev().map(|span| span.of(account)).collect()
+    }
+
     /// The first partition behind all generations.
     pub fn end(&self) -> u16 {
         self.spans.last().map_or(0, |span| span.first + span.count)

@@ -3,16 +3,22 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use parking_lot::Mutex;
+use tokio::sync::Mutex as AsyncMutex;
 
 use crate::ids::{EdgeId, Offset, Partition};
-use crate::log::layout::Layout;
+use crate::log::layout::{Layout, LayoutRecord};
 use crate::log::{AppendError, AppendSink, Consumed, Consumer, EventLog, Follow, ReadError, Record, Topic, TopicPartition};
 use crate::projector::push::{Push, PushBus};
+use crate::wire::event::{self, InboxEvent};
+
+/// How often new partitions are looked for while nothing comes.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// Pushes to nobody: no edge knows of the view that is being made.
 pub struct NoEdge;
@@ -26,16 +32,27 @@ impl PushBus for NoEdge {
     }
 }
 
-/// A log that can only be read. Its consumers are in no group whatever group they ask for: each gets all partitions.
+/// A log that can only be read. Its consumers are in no group whatever group they ask for: each gets all partitions, also those that are
+/// made meanwhile. How far older generations are drained is what the reader has met itself ([`crate::log::layout`]).
 pub struct ShadowLog {
     log: Arc<dyn EventLog>,
     follow: Arc<dyn Follow>,
+    drained: Mutex<BTreeSet<Partition>>,
 }
 
 impl ShadowLog {
     /// Of a log and its way to be followed.
-    pub const fn new(log: Arc<dyn EventLog>, follow: Arc<dyn Follow>) -> Self {
-        Self { log, follow }
+    pub async fn new(log: Arc<dyn EventLog>, follow: Arc<dyn Follow>) -> Result<Self, ReadError> {
+        let layout = log.layout();
+        let mut drained = BTreeSet::new();
+        for partition in (0..layout.end()).map(Partition).filter(|partition| layout.is_drained(*partition)) {
+            // Retention has removed all of it, with its fence.
+            let (earliest, end) = log.bounds(TopicPartition { topic: Topic::Inbox, partition }).await?;
+            if earliest == end {
+                drained.insert(partition);
+            }
+        }
+        Ok(Self { log, follow, drained: Mutex::new(drained) })
     }
 }
 
@@ -46,23 +63,36 @@ impl EventLog for ShadowLog {
     }
 
     fn layout(&self) -> Arc<Layout> {
-        self.log.layout()
+        Arc::new(self.log.layout().as_met(&self.drained.lock()))
     }
 
-    fn submit(&self, _: TopicPartition, _: Bytes, _: &Arc<dyn AppendSink>, _: u64) -> Result<(), AppendError> {
-        Err(AppendError::Closed)
+    fn layout_age(&self) -> Duration {
+        self.log.layout_age()
+    }
+
+    /// A partition that the reader has drained is noted, and a fence is the live projectors' to put; anything else is refused.
+    fn submit(&self, to: TopicPartition, payload: Bytes, sink: &Arc<dyn AppendSink>, token: u64) -> Result<(), AppendError> {
+        match to.topic {
+            Topic::Layout => match event::decode(&payload) {
+                Ok(LayoutRecord::Drained { partition }) => drop(self.drained.lock().insert(partition)),
+                _ => return Err(AppendError::Closed),
+            },
+            Topic::Inbox if matches!(event::decode(&payload), Ok(InboxEvent::Fence { .. })) => {}
+            _ => return Err(AppendError::Closed),
+        }
+        sink.done(token, Ok(Offset(0)));
+        sink.flush();
+        Ok(())
     }
 
     async fn consumer(&self, _: &str, topics: &[Topic]) -> Result<Box<dyn Consumer>, ReadError> {
-        let all = topics.iter().flat_map(|&topic| {
-            (0..self.log.partitions(topic)).map(move |number| (TopicPartition { topic, partition: Partition(number) }, Offset(0)))
-        });
         Ok(Box::new(ByHand {
+            log: Arc::clone(&self.log),
             follow: Arc::clone(&self.follow),
-            from: all.collect(),
+            topics: topics.to_vec(),
+            from: BTreeMap::new(),
             held: BTreeSet::new(),
-            told: false,
-            records: Mutex::default(),
+            records: AsyncMutex::default(),
         }))
     }
 
@@ -85,58 +115,74 @@ impl EventLog for ShadowLog {
     async fn close(&self) {}
 }
 
-/// Assigned by hand: says `Assigned` once, and reads from where its owner seeks then.
+/// Assigned by hand: says `Assigned` of what is new, and reads from where its owner seeks then.
 struct ByHand {
+    log: Arc<dyn EventLog>,
     follow: Arc<dyn Follow>,
+    topics: Vec<Topic>,
+    /// What comes next of each partition.
     from: BTreeMap<TopicPartition, Offset>,
     held: BTreeSet<TopicPartition>,
-    told: bool,
-    /// In a lock that is never waited for: a consumer alone can't be shared, which the trait wants.
-    records: Mutex<Option<Box<dyn Consumer>>>,
+    /// Reads them; none after they changed. In a lock that is never waited for: a consumer alone can't be shared, which the trait wants.
+    records: AsyncMutex<Option<Box<dyn Consumer>>>,
+}
+
+impl ByHand {
+    /// Partitions that were made since the last look.
+    fn fresh(&mut self) -> Vec<TopicPartition> {
+        let all = self
+            .topics
+            .iter()
+            .flat_map(|&topic| (0..self.log.partitions(topic)).map(move |number| TopicPartition { topic, partition: Partition(number) }));
+        let fresh: Vec<_> = all.filter(|of| !self.from.contains_key(of)).collect();
+        self.from.extend(fresh.iter().map(|of| (*of, Offset(0))));
+        fresh
+    }
 }
 
 #[async_trait]
 impl Consumer for ByHand {
     async fn next(&mut self) -> Result<Consumed, ReadError> {
-        if !std::mem::replace(&mut self.told, true) {
-            return Ok(Consumed::Assigned(self.from.keys().copied().collect()));
-        }
-        let records = self.records.get_mut();
-        match records {
-            Some(records) => records.next().await,
-            None => {
-                let from: Vec<_> = self.from.iter().map(|(of, from)| (*of, *from)).collect();
-                let mut begun = self.follow.follow_from(&from).await?;
-                for of in std::mem::take(&mut self.held) {
-                    begun.hold(of).await?;
+        loop {
+            let fresh = self.fresh();
+            if !fresh.is_empty() {
+                *self.records.get_mut() = None;
+                return Ok(Consumed::Assigned(fresh));
+            }
+            let records = self.records.get_mut();
+            if records.is_none() {
+                let from: Vec<_> = self.from.iter().filter(|(of, _)| !self.held.contains(of)).map(|(of, from)| (*of, *from)).collect();
+                *records = Some(self.follow.follow_from(&from).await?);
+            }
+            let Some(reader) = records else { continue };
+            match tokio::time::timeout(LOOK, reader.next()).await {
+                Ok(Ok(Consumed::Records(batches))) => {
+                    for (of, batch) in &batches {
+                        if let (Some(last), Some(from)) = (batch.last(), self.from.get_mut(of)) {
+                            *from = last.offset.next();
+                        }
+                    }
+                    return Ok(Consumed::Records(batches));
                 }
-                records.insert(begun).next().await
+                Ok(other) => return other,
+                // Is anything new?
+                Err(_) => {}
             }
         }
     }
 
     async fn hold(&mut self, of: TopicPartition) -> Result<(), ReadError> {
-        match self.records.get_mut() {
-            Some(records) => records.hold(of).await,
-            None => {
-                self.held.insert(of);
-                Ok(())
-            }
-        }
+        self.held.insert(of);
+        *self.records.get_mut() = None;
+        Ok(())
     }
 
     async fn seek(&mut self, to: TopicPartition, offset: Offset) -> Result<(), ReadError> {
-        match self.from.get_mut(&to) {
-            Some(from) => *from = offset,
-            None => return Err(ReadError::NoSuchPartition),
-        }
-        match self.records.get_mut() {
-            Some(records) => records.seek(to, offset).await,
-            None => {
-                self.held.remove(&to);
-                Ok(())
-            }
-        }
+        let from = self.from.get_mut(&to).ok_or(ReadError::NoSuchPartition)?;
+        *from = offset;
+        self.held.remove(&to);
+        *self.records.get_mut() = None;
+        Ok(())
     }
 
     /// There is no group to record it for.

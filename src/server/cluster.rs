@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use crate::config::{Config, Cql, Kafka, SaslMechanism};
 use crate::limits;
-use crate::log::Follow;
 use crate::log::kafka as log;
+use crate::log::{EventLog, Follow};
 use crate::metrics;
 use crate::server::{Backends, ServerError, View, to_own};
 use crate::store::cql as store;
@@ -70,7 +70,7 @@ pub(super) async fn open(config: &Config) -> Result<Backends, ServerError> {
     if let Some(keyspace) = cql.mirror_keyspace.as_deref().filter(|_| config.role.is_projector()) {
         let other = store::CqlStore::open(beside(cql, keyspace)).await?;
         tracing::info!(keyspace = %cql.keyspace, mirror = %keyspace, "two keyspaces are kept");
-        view = View::two([store.clone(), other], log.as_ref());
+        view = View::two([store.clone(), other], &(Arc::clone(&log) as Arc<dyn EventLog>));
     }
     let tasks = vec![tokio::spawn(measure_topics(Arc::clone(&log)))];
     Ok(Backends { log, delivery: store.clone(), directory: store.clone(), keys: store, view, pushes, tasks })

@@ -5,6 +5,7 @@
 //! later log positions (see [`DeliveryWrite`]). So it does not matter which of the two is behind, nor who wrote
 //! only one of them in between; each partition is made whole by its next owner.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -17,35 +18,40 @@ use crate::store::{
     StoreError,
 };
 
+/// Where the records of an account stand or stood in the log, the newest partition first.
+pub type PartitionsOf = Box<dyn Fn(&AccountId) -> Vec<Partition> + Send + Sync>;
+
 /// See the module. `S` is a view, of both kinds.
 pub struct Mirrored<S> {
     views: [Arc<S>; 2],
-    /// The view that was behind when the partition's position was asked for last.
     inbox: Behind,
     directory: Behind,
+    /// Whether a partition of `inbox` is applied no more.
+    is_over: Box<dyn Fn(Partition) -> bool + Send + Sync>,
 }
 
-/// For each partition the view to read; the first where nothing was asked yet.
-struct Behind(RwLock<Vec<usize>>);
+/// For each partition the view that was behind when its position was asked for last: the one to read.
+struct Behind {
+    views: RwLock<HashMap<Partition, usize>>,
+    partitions_of: PartitionsOf,
+}
 
 impl Behind {
-    fn of(partitions: u16) -> Self {
-        Self(RwLock::new(vec![0; usize::from(partitions)]))
+    fn of(partitions_of: PartitionsOf) -> Self {
+        Self { views: RwLock::default(), partitions_of }
     }
 
+    /// By the newest of its partitions that is kept here.
     fn account(&self, account: &AccountId) -> usize {
-        let views = self.0.read();
-        let partition = Partition::of(account, u16::try_from(views.len()).unwrap_or(u16::MAX));
-        views.get(usize::from(partition.0)).copied().unwrap_or_default()
+        let views = self.views.read();
+        (self.partitions_of)(account).iter().find_map(|partition| views.get(partition).copied()).unwrap_or_default()
     }
 
     /// The lower position is the one that holds for both.
     fn settle(&self, partition: Partition, positions: [Offset; 2]) -> Offset {
         let [first, second] = positions;
         let behind = usize::from(second < first);
-        if let Some(view) = self.0.write().get_mut(usize::from(partition.0)) {
-            *view = behind;
-        }
+        self.views.write().insert(partition, behind);
         if first != second {
             tracing::info!(partition = partition.0, ?first, ?second, "two views go on together from where the one behind stands");
         }
@@ -54,9 +60,14 @@ impl Behind {
 }
 
 impl<S> Mirrored<S> {
-    /// Of two views of a log with so many partitions of `inbox` and `directory`.
-    pub fn new(views: [Arc<S>; 2], inbox: u16, directory: u16) -> Self {
-        Self { views, inbox: Behind::of(inbox), directory: Behind::of(directory) }
+    /// Of two views, with what the log says of its partitions of `inbox`, and those of `directory`.
+    pub fn new(
+        views: [Arc<S>; 2],
+        inbox: PartitionsOf,
+        is_over: impl Fn(Partition) -> bool + Send + Sync + 'static,
+        directory: PartitionsOf,
+    ) -> Self {
+        Self { views, inbox: Behind::of(inbox), directory: Behind::of(directory), is_over: Box::new(is_over) }
     }
 
     fn reads(&self, account: &AccountId) -> &S {
@@ -68,6 +79,13 @@ impl<S> Mirrored<S> {
 impl<S: DeliveryStore> DeliveryStore for Mirrored<S> {
     async fn position(&self, partition: Partition) -> Result<Offset, StoreError> {
         let positions = [self.views[0].position(partition).await?, self.views[1].position(partition).await?];
+        if positions[0] != positions[1] && (self.is_over)(partition) {
+            // Its records are applied no more, so the one behind would stay so for ever.
+            return Err(StoreError::Corrupt(format!(
+                "partition {} was drained while only one of two keyspaces was kept: let `sealpost rebuild --into` catch up first",
+                partition.0
+            )));
+        }
         Ok(self.inbox.settle(partition, positions))
     }
 

@@ -4,15 +4,14 @@
 //! before the fence, says that it is drained, and passes on what comes behind. It forgets nothing if it dies in between: a fence is
 //! appended again by the next owner, and what is met twice is applied once.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::try_join_all;
 
-use super::{Owned, Positions, Worker, WorkerError, append, append_for, undecodable};
+use super::{Owned, Worker, WorkerError, append, append_for, undecodable};
 use crate::ids::{Offset, Partition};
 use crate::limits;
-use crate::log::layout::{Layout, LayoutRecord};
+use crate::log::layout::LayoutRecord;
 use crate::log::{Consumer, Record, Topic, TopicPartition};
 use crate::wire::event::{self, InboxEvent};
 
@@ -23,7 +22,7 @@ impl Worker {
     pub(super) async fn assigned(&mut self, partitions: Vec<TopicPartition>, consumer: &mut dyn Consumer) -> Result<(), WorkerError> {
         let layout = self.parts.log.layout();
         let (ready, waiting): (Vec<_>, Vec<_>) =
-            partitions.into_iter().partition(|tp| tp.topic != Topic::Inbox || self.may_apply(&layout, tp.partition));
+            partitions.into_iter().partition(|tp| tp.topic != Topic::Inbox || layout.is_open(tp.partition));
         for tp in waiting {
             consumer.hold(tp).await?;
             self.waiting.insert(tp);
@@ -31,36 +30,30 @@ impl Worker {
         self.take_up(ready, consumer).await
     }
 
-    /// Whether all that the accounts of a partition had before is in the store: in the live view that was said on the log, a view that is made
-    /// beside it has to have come so far itself.
-    fn may_apply(&self, layout: &Layout, partition: Partition) -> bool {
-        let here = |old: &Partition| self.drained.contains(old);
-        if self.shadow {
-            layout.generation_of(partition).is_some() && layout.feeds(partition).iter().all(here)
-        } else {
-            layout.is_open(partition)
-        }
-    }
-
     async fn take_up(&mut self, partitions: Vec<TopicPartition>, consumer: &mut dyn Consumer) -> Result<(), WorkerError> {
-        let parts = &self.parts;
+        let (parts, beside) = (&self.parts, &self.beside);
         // Asked for side by side: the other partitions wait meanwhile.
         let asked = try_join_all(partitions.into_iter().map(|tp| async move {
-            let view = Positions { delivery: Arc::clone(&parts.delivery), directory: Arc::clone(&parts.directory) };
-            let next = view.of(tp).await?;
+            let next = match tp.topic {
+                Topic::Directory => parts.directory.directory_position(tp.partition).await?,
+                _ => parts.delivery.position(tp.partition).await?,
+            };
+            let said = try_join_all(beside.iter().map(|view| view.of(tp))).await?.into_iter().max();
             let (earliest, end) = parts.log.bounds(tp).await?;
-            Ok::<_, WorkerError>((tp, next, earliest, end))
+            Ok::<_, WorkerError>((tp, next, said, earliest, end))
         }));
-        for (tp, next, earliest, end) in asked.await? {
+        for (tp, next, said, earliest, end) in asked.await? {
+            if let Some(said) = said {
+                self.quiet_before.entry(tp).and_modify(|before| *before = said.max(*before)).or_insert(said);
+            }
+            // Where it had stopped behind a fence it would not meet that again; what is replayed before it changes nothing.
+            let again = self.shadow && tp.topic == Topic::Inbox && self.parts.log.layout().is_draining(tp.partition);
+            let next = if again { Offset(0) } else { next };
             if next < earliest && next > Offset(0) {
                 tracing::error!(
                     topic = tp.topic.name(),
                     "records were removed before the projector applied them; affected devices will miss envelopes"
                 );
-            }
-            for view in &self.beside {
-                let said = view.of(tp).await?;
-                self.quiet_before.entry(tp).and_modify(|before| *before = said.max(*before)).or_insert(said);
             }
             let next = next.max(earliest);
             consumer.seek(tp, next).await?;
@@ -72,15 +65,9 @@ impl Worker {
     /// Takes up what has become ready, and fences what belongs to the past.
     pub(super) async fn look_at_layout(&mut self, consumer: &mut dyn Consumer) -> Result<(), WorkerError> {
         let layout = self.parts.log.layout();
-        if self.shadow {
-            let read = |(tp, owned): &(&TopicPartition, &Owned)| layout.is_drained(tp.partition) && owned.next >= owned.end_at_start;
-            let inbox = self.owned.iter().filter(|(tp, _)| tp.topic == Topic::Inbox);
-            self.drained.extend(inbox.filter(read).map(|(tp, _)| tp.partition));
-        }
-        let ready: Vec<TopicPartition> = self.waiting.iter().copied().filter(|tp| self.may_apply(&layout, tp.partition)).collect();
-        self.waiting.retain(|tp| !ready.contains(tp));
+        let ready: Vec<TopicPartition> = self.waiting.extract_if(.., |tp| layout.is_open(tp.partition)).collect();
         self.take_up(ready, consumer).await?;
-        if self.shadow || layout.is_settled() || self.parts.log.layout_age() < Duration::from_millis(limits::LAYOUT_FENCE_MS) {
+        if layout.is_settled() || self.parts.log.layout_age() < Duration::from_millis(limits::LAYOUT_FENCE_MS) {
             return Ok(());
         }
         let old: Vec<TopicPartition> =
@@ -96,11 +83,6 @@ impl Worker {
 
     /// Everything before the fence was applied: writes it, and says so.
     pub(super) async fn drain(&mut self, tp: TopicPartition, fence: Offset, consumer: &mut dyn Consumer) -> Result<(), WorkerError> {
-        if self.shadow {
-            // What stands behind was passed on by the live projector.
-            self.drained.insert(tp.partition);
-            return Ok(());
-        }
         // Somebody else may have seen the change before this process.
         let layout = loop {
             let layout = self.parts.log.layout();
@@ -127,13 +109,16 @@ impl Worker {
 
     /// Whether what is met there now came too late.
     pub(super) fn is_past(&self, partition: Partition) -> bool {
-        self.drained.contains(&partition) || (!self.shadow && self.parts.log.layout().is_drained(partition))
+        self.drained.contains(&partition) || self.parts.log.layout().is_drained(partition)
     }
 
     /// Appends records that came too late where they belong. They are safe there before a position covers them here.
     pub(super) async fn pass_on(&self, tp: TopicPartition, late: &[Record]) -> Result<(), WorkerError> {
+        if self.shadow {
+            return Ok(());
+        }
         let mut appends = Vec::new();
-        for record in late.iter().filter(|_| !self.shadow) {
+        for record in late {
             let event: InboxEvent<'_> = event::decode(&record.payload).map_err(|source| undecodable(tp, record, source))?;
             if let Some(account) = event.account() {
                 appends.push(async move { append_for(self.parts.log.as_ref(), &account, record.payload.clone()).await });

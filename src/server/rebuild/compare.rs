@@ -4,6 +4,7 @@
 //! is about to change is no difference.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::stream::{self, StreamExt as _, TryStreamExt as _};
@@ -12,6 +13,7 @@ use tokio::time::Instant;
 
 use crate::ids::{AccountId, DeviceAddr, Generation, Identity, Offset, Partition, Seq};
 use crate::limits;
+use crate::log::layout::Layout;
 use crate::log::{EventLog, Topic, TopicPartition};
 use crate::server::ServerError;
 use crate::store::compare::{Range, Verdict, rows};
@@ -114,20 +116,31 @@ struct Views<'a> {
 
 /// Where both views were before rows were read.
 struct Bounds {
-    inbox: Vec<Range>,
+    inbox: BTreeMap<Partition, Part>,
     directory: Vec<Offset>,
+    layout: Arc<Layout>,
+}
+
+/// Of one partition of `inbox`.
+struct Part {
+    generation: Generation,
+    /// Where the view is that is behind.
+    lower: Offset,
+    earliest: Offset,
+    end: Offset,
 }
 
 impl Views<'_> {
     async fn bounds(&self) -> Result<Bounds, ServerError> {
         let partitions = |topic| (0..self.log.partitions(topic)).map(Partition);
-        let mut bounds = Bounds { inbox: Vec::new(), directory: Vec::new() };
+        let layout = self.log.layout();
+        let mut bounds = Bounds { inbox: BTreeMap::new(), directory: Vec::new(), layout: Arc::clone(&layout) };
         for partition in partitions(Topic::Inbox) {
+            let Some(generation) = layout.generation_of(partition) else { continue };
             let lower = self.live.position(partition).await?.min(self.other.position(partition).await?);
             let of = TopicPartition { topic: Topic::Inbox, partition };
-            let (earliest, _) = self.log.bounds(of).await.map_err(|error| ServerError(error.to_string()))?;
-            let seq = |offset| Seq::at(Generation(0), offset);
-            bounds.inbox.push(Range { bound: seq(lower), begins: (earliest > Offset(0)).then(|| seq(earliest)) });
+            let (earliest, end) = self.log.bounds(of).await.map_err(|error| ServerError(error.to_string()))?;
+            bounds.inbox.insert(partition, Part { generation, lower, earliest, end });
         }
         for partition in partitions(Topic::Directory) {
             let lower = self.live.directory_position(partition).await?.min(self.other.directory_position(partition).await?);
@@ -207,9 +220,22 @@ impl Views<'_> {
     }
 }
 
+/// A newer generation's partition is applied once all that the account had before is, so the newest that both have begun decides.
 fn range(bounds: &Bounds, account: &AccountId) -> Range {
-    let partition = Partition::of(account, u16::try_from(bounds.inbox.len()).unwrap_or(u16::MAX));
-    bounds.inbox.get(usize::from(partition.0)).copied().unwrap_or(Range { bound: Seq::ZERO, begins: None })
+    let parts: Vec<&Part> = bounds.layout.partitions_for(account).iter().filter_map(|partition| bounds.inbox.get(partition)).collect();
+    let at = |part: &&Part| Seq::at(part.generation, part.lower);
+    let bound = parts.iter().find(|part| part.lower > Offset(0)).or(parts.last()).map_or(Seq::ZERO, at);
+    // The oldest that still holds something.
+    let first = parts.iter().rev().find(|part| part.earliest < part.end);
+    let whole = |part: &&&Part| part.generation == Generation(0) && part.earliest == Offset(0);
+    let nothing = parts.iter().all(|part| part.end == Offset(0));
+    let begins = match first {
+        Some(part) if whole(&part) => None,
+        Some(part) => Some(Seq::at(part.generation, part.earliest)),
+        None if nothing => None,
+        None => Some(Seq::MAX),
+    };
+    Range { bound, begins }
 }
 
 fn directory(bounds: &Bounds, account: &AccountId) -> Offset {

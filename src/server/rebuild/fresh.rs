@@ -74,8 +74,10 @@ impl Fresh {
         let live = CqlStore::open(cql_options(cql)).await?;
         migrate_like(&options, &cql.keyspace).await?;
         let store = CqlStore::open(options).await?;
+        let shadow = ShadowLog::new(Arc::clone(&log) as Arc<dyn EventLog>, Arc::clone(&log) as Arc<dyn Follow>);
+        let shadow = shadow.await.map_err(|error| ServerError(error.to_string()))?;
         let parts = Parts {
-            log: Arc::new(ShadowLog::new(Arc::clone(&log) as Arc<dyn EventLog>, Arc::clone(&log) as Arc<dyn Follow>)),
+            log: Arc::new(shadow),
             delivery: store.clone(),
             directory: store.clone(),
             keys: store.clone(),
