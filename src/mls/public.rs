@@ -45,9 +45,12 @@ impl Refused {
     }
 }
 
+/// Values by their kind and key.
+type Values = BTreeMap<(u8, Vec<u8>), Zeroizing<Vec<u8>>>;
+
 /// Values in memory: how a group is saved and read back.
 #[derive(Debug, Default)]
-struct Memory(RefCell<BTreeMap<(u8, Vec<u8>), Zeroizing<Vec<u8>>>>);
+struct Memory(RefCell<Values>);
 
 impl Backend for Memory {
     fn get(&self, kind: Kind, key: &[u8]) -> Result<Option<Zeroizing<Vec<u8>>>, StorageError> {
@@ -84,7 +87,7 @@ impl Memory {
             *bytes = rest;
             Some(part)
         }
-        let mut values = BTreeMap::new();
+        let mut values = Values::new();
         while let Some((&kind, rest)) = bytes.split_first() {
             bytes = rest;
             let key = part(&mut bytes)?.to_vec();

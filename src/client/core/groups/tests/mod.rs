@@ -47,7 +47,6 @@ impl Device {
         let tx = StateTx::new(&self.state);
         let engine = Engine::new(&tx, &self.random)?.with_suite(self.suite);
         let done = work(&engine);
-        drop(engine);
         let (writes, _) = tx.finish();
         if done.is_ok() {
             self.state.commit(writes);
