@@ -17,7 +17,8 @@
 
 use std::collections::BTreeSet;
 
-use bincode::{Decode, Encode};
+use bincode::{Decode, Encode, config};
+use bytes::Bytes;
 
 use crate::ids::{AccountId, Generation, Partition};
 use crate::limits;
@@ -39,6 +40,42 @@ pub enum LayoutRecord {
         /// Which.
         partition: Partition,
     },
+}
+
+/// The layout of records; goes up when it changes.
+const VERSION: u8 = 1;
+const CONFIG: config::Configuration<config::LittleEndian, config::Varint, config::Limit<64>> = config::standard().with_limit::<64>();
+
+/// Why bytes are not a record of topic `layout`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum LayoutError {
+    /// A newer version wrote it.
+    #[error("a record of topic layout has version {0}, this binary reads version {VERSION}: run the version that wrote it, or newer")]
+    Version(u8),
+    /// It is something else.
+    #[error("a record of topic layout can't be read")]
+    Malformed,
+}
+
+impl LayoutRecord {
+    /// As it stands on the topic: a version byte, then bincode.
+    pub fn encode(&self) -> Bytes {
+        let mut out = vec![VERSION];
+        bincode::encode_into_std_write(self, &mut out, CONFIG).expect("encoding into memory can't fail, and it is below the limit");
+        out.into()
+    }
+
+    /// The opposite.
+    pub fn decode(bytes: &[u8]) -> Result<Self, LayoutError> {
+        match bytes.split_first() {
+            Some((&VERSION, rest)) => match bincode::decode_from_slice(rest, CONFIG) {
+                Ok((record, used)) if used == rest.len() => Ok(record),
+                _ => Err(LayoutError::Malformed),
+            },
+            Some((&version, _)) => Err(LayoutError::Version(version)),
+            None => Err(LayoutError::Malformed),
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -220,7 +257,26 @@ mod tests {
         assert_eq!((layout.feeds(Partition(90)).len(), layout.generation_of(Partition(85))), (8, None));
     }
 
+    #[test]
+    fn records_are_stable() {
+        for (record, bytes) in
+            [(open(1, 16, 64), &[1, 0, 1, 16, 64][..]), (open(300, 16, 64), &[1, 0, 251, 44, 1, 16, 64]), (drained(3), &[1, 1, 3])]
+        {
+            assert_eq!((&record.encode()[..], LayoutRecord::decode(bytes)), (bytes, Ok(record)));
+        }
+        assert_eq!(LayoutRecord::decode(&[2, 1, 3]), Err(LayoutError::Version(2)));
+        assert_eq!(LayoutRecord::decode(&[1, 1, 3, 0]), Err(LayoutError::Malformed));
+        assert_eq!(LayoutRecord::decode(&[]), Err(LayoutError::Malformed));
+    }
+
     proptest! {
+        #[test]
+        fn what_is_read_is_what_was_written(bytes in proptest::collection::vec(any::<u8>(), 0..20)) {
+            if let Ok(record) = LayoutRecord::decode(&bytes) {
+                prop_assert_eq!(LayoutRecord::decode(&record.encode()), Ok(record));
+            }
+        }
+
         #[test]
         fn an_account_is_applied_only_behind_all_that_it_had(
             counts in proptest::collection::vec(1u16..40, 1..5), account in any::<[u8; 16]>(),

@@ -73,7 +73,7 @@ impl EventLog for ShadowLog {
     /// A partition that the reader has drained is noted, and a fence is the live projectors' to put; anything else is refused.
     fn submit(&self, to: TopicPartition, payload: Bytes, sink: &Arc<dyn AppendSink>, token: u64) -> Result<(), AppendError> {
         match to.topic {
-            Topic::Layout => match event::decode(&payload) {
+            Topic::Layout => match LayoutRecord::decode(&payload) {
                 Ok(LayoutRecord::Drained { partition }) => drop(self.drained.lock().insert(partition)),
                 _ => return Err(AppendError::Closed),
             },

@@ -17,7 +17,6 @@ use crate::log::layout::{Layout, LayoutRecord};
 use crate::log::{EventLog, Topic, TopicPartition};
 use crate::projector::worker::GROUP;
 use crate::server::kafka_options;
-use crate::wire::event;
 
 const LAYOUT: TopicPartition = TopicPartition { topic: Topic::Layout, partition: Partition(0) };
 const LOOK: Duration = Duration::from_millis(100);
@@ -171,7 +170,7 @@ async fn inbox_partitions(options: &KafkaOptions) -> anyhow::Result<usize> {
 }
 
 async fn say(log: &KafkaLog, record: LayoutRecord) -> anyhow::Result<()> {
-    log.append(LAYOUT, event::encode(&record)).await.context("topic layout can't be written; call it again")?;
+    log.append(LAYOUT, record.encode()).await.context("topic layout can't be written; call it again")?;
     Ok(())
 }
 

@@ -12,7 +12,6 @@ use crate::limits;
 use crate::log::kafka::KafkaLog;
 use crate::log::layout::{Layout, LayoutRecord};
 use crate::log::{AppendError, EventLog as _, ReadError, Topic, TopicPartition};
-use crate::wire::event;
 
 const TOPIC: TopicPartition = TopicPartition { topic: Topic::Layout, partition: Partition(0) };
 
@@ -101,8 +100,7 @@ pub(super) async fn look(log: &KafkaLog) -> Result<(), ReadError> {
         let Some(last) = batch.last() else { break };
         next = last.offset.next();
         for record in &batch {
-            let record = event::decode_owned(&record.payload).map_err(|error| ReadError::Corrupt(format!("topic layout: {error}")))?;
-            records.push(record);
+            records.push(LayoutRecord::decode(&record.payload).map_err(|error| ReadError::Corrupt(error.to_string()))?);
         }
     }
     let opened = records.iter().filter_map(|record| match record {

@@ -99,7 +99,7 @@ impl Worker {
         self.flush_now(consumer).await?;
         if layout.is_draining(tp.partition) {
             let said = LayoutRecord::Drained { partition: tp.partition };
-            append(self.parts.log.as_ref(), LAYOUT, event::encode(&said)).await?;
+            append(self.parts.log.as_ref(), LAYOUT, said.encode()).await?;
             tracing::info!(partition = tp.partition.0, "a partition of an older generation is drained");
         }
         self.drained.insert(tp.partition);
