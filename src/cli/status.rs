@@ -393,7 +393,8 @@ mod tests {
         cluster.topics.pop();
         let process = ProcessStatus { url: "http://e/".to_owned(), ready: false, says: "draining".to_owned() };
         let bad = look(&cluster, &group, before.clone(), vec![process]);
-        for part in ["miss copies", "no leader", "push does not exist", "1 partitions have no owner", "http://e/ is not ready: draining"] {
+        for part in ["miss copies", "no leader", "layout does not exist", "1 partitions have no owner", "http://e/ is not ready: draining"]
+        {
             assert!(bad.problems.iter().any(|problem| problem.contains(part)), "{part} in {:?}", bad.problems);
         }
         assert!(text(&bad).contains("nobody"));
