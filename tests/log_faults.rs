@@ -423,10 +423,11 @@ async fn retention_keeps_what_it_must() {
     let many = segments(&disk);
     assert!(many > 4);
     log.retain().expect("runs");
-    assert_eq!(segments(&disk), many, "nothing is old enough");
+    // One more may have been made ready meanwhile.
+    assert!(segments(&disk) >= many, "nothing is old enough");
     clock.advance(61_000);
     log.retain().expect("runs");
-    assert_eq!(segments(&disk), many, "the group has committed nothing");
+    assert!(segments(&disk) >= many, "the group has committed nothing");
     while !matches!(consumer.next().await.expect("consumes"), Consumed::Assigned(_)) {}
     consumer.commit(inbox(0), Offset(300)).await.expect("commits");
     log.retain().expect("runs");

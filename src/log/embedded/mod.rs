@@ -236,7 +236,9 @@ impl EventLog for EmbeddedLog {
 impl Drop for EmbeddedLog {
     fn drop(&mut self) {
         let Some(threads) = self.threads.lock().take() else { return };
-        let (entries, _carries) = self.shared.queue.shut(AppendError::Closed);
+        let (entries, carries) = self.shared.queue.shut(AppendError::Closed);
+        // The keeper, which is joined below, waits for their outcome.
+        drop(carries);
         for entry in &entries {
             entry.sink.done(entry.token, Err(AppendError::Closed));
             entry.sink.flush();

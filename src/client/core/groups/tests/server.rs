@@ -141,7 +141,7 @@ fn what_a_server_refuses() {
     let joins = stranger.run(|engine| Ok(engine.rejoin(&winner.group_info, &public.tree().expect("a tree"))?.1)).expect("prepared");
     assert_eq!(refused(&public, &joins.commit), Refused::Denied(Denied::NotMember));
     // A group of nobody's making.
-    let created = stranger.create("Fremd");
+    let created = Device::new(8, 1).create("Fremd");
     let tree = public.tree().expect("a tree");
     assert!(Public::create(&created.group_info, &tree, &random).is_err(), "another group's tree");
     assert!(Public::create(&created.group_info, &created.tree, &random).is_ok());
