@@ -48,7 +48,8 @@ fn commands_and_their_options_exist() {
             let kinds = |of: &str| -> &[&str] {
                 match of {
                     "load" => &["idle", "backlog", "bundles"],
-                    "topology" => &["plan", "apply", "check"],
+                    "topology" => &["plan", "apply", "check", "scale"],
+                    "rebuild" => &["compare"],
                     _ => &[],
                 }
             };
