@@ -332,7 +332,7 @@ mod tests {
         #[test]
         fn sends_and_acks_are_what_the_schema_says(
             account in any::<[u8; 16]>(), device in 1u32..128, registration in 1u32..16_381,
-            request in 1u64.., id in 1u64.., seq in 1u64.., payload in prop::collection::vec(any::<u8>(), 0..2_000)
+            request in 1u64.., id in 1u64.., seq in 1u64.., payload in prop::collection::vec(any::<u8>(), 1..2_000)
         ) {
             let target = Target { account, device, registration };
             let mut out = Vec::new();
