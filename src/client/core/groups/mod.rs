@@ -1,5 +1,5 @@
-//! Groups of MLS (RFC 9420), without I/O: every operation works on one [`StateTx`], and what it changed is committed with it or not
-//! at all. A [`Group`] whose transaction was dropped must be dropped too, and loaded again.
+//! Groups of MLS (RFC 9420), without I/O: every operation works on one [`StateTx`](crate::client::core::state::StateTx), and what it
+//! changed is committed with it or not at all. A [`Group`] whose transaction was dropped must be dropped too, and loaded again.
 //!
 //! The server orders commits and answers each with a verdict. So a change has two steps: [`Group::change`] leaves it pending and returns
 //! what to send (commit it before sending); the verdict is [`Group::accepted`] or [`Group::refused`]. Members learn of the others'
