@@ -70,7 +70,7 @@ async fn planned_applied_checked_and_mended() {
     alter_settings(&options, &[(Topic::Push, drift.to_vec())]).await.expect("altered");
     let plan = wait_for(|| topology(&options, &["plan"]), |plan| plan.out.contains("~ push"));
     assert!(plan.ok && plan.out.contains("~ retention.ms = 60000 (1 m) -> 300000 (5 m)"), "{}{}", plan.out, plan.err);
-    assert!(plan.out.contains("= inbox, groups, directory, metadata  as wanted"), "{}", plan.out);
+    assert!(plan.out.contains("= inbox, groups, directory, metadata, layout  as wanted"), "{}", plan.out);
     assert!(!topology(&options, &["check"]).ok);
     let json = topology(&options, &["apply", "--json"]);
     let report: Value = serde_json::from_str(&json.out).expect("one JSON object");
