@@ -335,8 +335,8 @@ impl Broker {
                 tasks.push(tokio::spawn(projecting::watch_lag(Arc::clone(&backends.log), watching.clone(), acceptor)));
             }
             if config.is_cluster() {
-                let (log, delivery, directory) = (&backends.log, &backends.delivery, &backends.directory);
-                tasks.push(tokio::spawn(projecting::measure_lag(Arc::clone(log), Arc::clone(delivery), Arc::clone(directory))));
+                let view = Positions { delivery: Arc::clone(&backends.delivery), directory: Arc::clone(&backends.directory) };
+                tasks.push(tokio::spawn(projecting::measure_lag(Arc::clone(&backends.log), view)));
             }
             (projector, progress) = (Some(thread), Some(watching));
         }

@@ -143,16 +143,17 @@ impl Acceptor {
             Some(whole) => whole,
             None => {
                 let marks = self.delivery.marks_of(key.recipient, limits::WHOLE_MARKS).await?;
-                self.whole.insert(key.recipient, marks.is_some());
-                let mut stored = None;
+                let few = marks.is_some();
+                self.whole.insert(key.recipient, few);
+                let mut stored = 0;
                 for (of, mark) in marks.into_iter().flatten() {
                     self.remember(of, mark.high);
-                    stored = stored.or((of == key).then_some(mark.high));
+                    stored = if of == key { mark.high } else { stored };
                 }
-                match stored {
-                    Some(stored) => return Ok(stored),
-                    None => self.whole.get(&key.recipient) == Some(true),
+                if few {
+                    return Ok(stored);
                 }
+                false
             }
         };
         if whole {

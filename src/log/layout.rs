@@ -22,6 +22,10 @@ use bytes::Bytes;
 
 use crate::ids::{AccountId, Generation, Partition};
 use crate::limits;
+use crate::log::{Topic, TopicPartition};
+
+/// Topic `layout` has one partition.
+pub const TOPIC: TopicPartition = TopicPartition { topic: Topic::Layout, partition: Partition(0) };
 
 /// A record of topic `layout`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]

@@ -102,6 +102,12 @@ pub struct Parts {
     pub clock: Arc<dyn Clock>,
 }
 
+impl Parts {
+    fn positions(&self) -> Positions {
+        Positions { delivery: Arc::clone(&self.delivery), directory: Arc::clone(&self.directory) }
+    }
+}
+
 /// How far a worker is; for readiness and metrics.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Progress {

@@ -14,7 +14,7 @@ use crate::metrics;
 use crate::projector::lag::Lag;
 use crate::projector::worker::{Pace, Parts as WorkerParts, Positions, Progress, Worker, WorkerError};
 use crate::server::ServerError;
-use crate::store::{DeliveryStore, DirectoryStore, StoreError};
+use crate::store::StoreError;
 
 /// How a projector does its work.
 pub(super) struct Keeping {
@@ -119,7 +119,7 @@ pub(super) async fn watch_lag(log: Arc<dyn EventLog>, progress: watch::Receiver<
 
 /// How far all projectors together are behind, for metrics: every one of them says it, so that it is known while one lives, and of
 /// partitions that nobody owns.
-pub(super) async fn measure_lag(log: Arc<dyn EventLog>, delivery: Arc<dyn DeliveryStore>, directory: Arc<dyn DirectoryStore>) {
+pub(super) async fn measure_lag(log: Arc<dyn EventLog>, view: Positions) {
     let mut every = tokio::time::interval(Duration::from_millis(limits::CLUSTER_LAG_LOOK_MS));
     every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
@@ -127,13 +127,9 @@ pub(super) async fn measure_lag(log: Arc<dyn EventLog>, delivery: Arc<dyn Delive
         let mut lag = Some(0u64);
         for topic in [Topic::Inbox, Topic::Directory] {
             for number in 0..log.partitions(topic) {
-                let partition = Partition(number);
-                let met = match topic {
-                    Topic::Directory => directory.directory_position(partition).await,
-                    _ => delivery.position(partition).await,
-                };
+                let tp = TopicPartition { topic, partition: Partition(number) };
                 // What can't be looked at leaves the last figure as it is.
-                lag = match (lag, met, log.bounds(TopicPartition { topic, partition }).await) {
+                lag = match (lag, view.of(tp).await, log.bounds(tp).await) {
                     (Some(lag), Ok(met), Ok((earliest, end))) => Some(lag + end.0.saturating_sub(met.max(earliest).0)),
                     _ => None,
                 };

@@ -13,12 +13,11 @@ use tokio::time::Instant;
 use crate::cli::cluster::ToolArgs;
 use crate::ids::{Generation, Partition};
 use crate::log::kafka::{self, GroupWatch, KafkaLog, KafkaOptions};
-use crate::log::layout::{Layout, LayoutRecord};
-use crate::log::{EventLog, Topic, TopicPartition};
+use crate::log::layout::{self, Layout, LayoutRecord};
+use crate::log::{EventLog, Topic};
 use crate::projector::worker::GROUP;
 use crate::server::kafka_options;
 
-const LAYOUT: TopicPartition = TopicPartition { topic: Topic::Layout, partition: Partition(0) };
 const LOOK: Duration = Duration::from_millis(100);
 /// How long the projectors may take to share new partitions out before these are opened all the same.
 const OWNED_WITHIN: Duration = Duration::from_secs(30);
@@ -128,7 +127,7 @@ async fn scale(log: &KafkaLog, options: &KafkaOptions, count: u16, wait: Duratio
 /// Makes the partitions, lets the projectors share them out, opens them.
 async fn open(log: &KafkaLog, options: &KafkaOptions, layout: &Layout, count: u16, bar: &ProgressBar) -> anyhow::Result<()> {
     bar.set_style(ProgressStyle::with_template("{spinner} {msg}, {elapsed}")?);
-    let (_, written) = log.bounds(LAYOUT).await?;
+    let (_, written) = log.bounds(layout::TOPIC).await?;
     if written.0 == 0 {
         // From now on the topic's number of partitions says nothing any more.
         say(log, LayoutRecord::Open { generation: Generation(0), first: 0, count: layout.count() }).await?;
@@ -170,7 +169,7 @@ async fn inbox_partitions(options: &KafkaOptions) -> anyhow::Result<usize> {
 }
 
 async fn say(log: &KafkaLog, record: LayoutRecord) -> anyhow::Result<()> {
-    log.append(LAYOUT, record.encode()).await.context("topic layout can't be written; call it again")?;
+    log.append(layout::TOPIC, record.encode()).await.context("topic layout can't be written; call it again")?;
     Ok(())
 }
 

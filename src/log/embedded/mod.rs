@@ -35,6 +35,7 @@ use crate::log::embedded::shared::Shared;
 use crate::log::embedded::spare::Spare;
 use crate::log::embedded::view::{Source, collect};
 use crate::log::embedded::writer::Writer;
+use crate::log::layout::Layout;
 use crate::log::{AppendError, AppendSink, Consumer, EventLog, ReadError, Record, Topic, TopicPartition};
 
 mod consumer;
@@ -67,6 +68,8 @@ pub use shared::Stats;
 /// See the module. Dropping it without [`EventLog::close`] is as good as a crash: what was acknowledged stays.
 pub struct EmbeddedLog {
     shared: Arc<Shared>,
+    /// Asked for with every batch that is applied.
+    layout: Arc<Layout>,
     threads: Mutex<Option<Threads>>,
 }
 
@@ -107,7 +110,8 @@ impl EmbeddedLog {
         let spare = spare.map_err(OpenError::io("start a thread for", &dir))?;
         let keeper = spawn("log-keeper", Box::new(move || for_keeper.keep()))?;
         let writer = spawn("log", Box::new(move || writer.run()))?;
-        Ok(Arc::new(Self { shared, threads: Mutex::new(Some(Threads { writer, spare, keeper, _lock: lock })) }))
+        let layout = Arc::new(Layout::of(shared.options.partitions.inbox));
+        Ok(Arc::new(Self { shared, layout, threads: Mutex::new(Some(Threads { writer, spare, keeper, _lock: lock })) }))
     }
 
     /// Counters since it was opened.
@@ -158,6 +162,10 @@ fn lock(options: &Options) -> Result<File, OpenError> {
 impl EventLog for EmbeddedLog {
     fn partitions(&self, topic: Topic) -> u16 {
         self.shared.options.partitions.of(topic)
+    }
+
+    fn layout(&self) -> Arc<Layout> {
+        Arc::clone(&self.layout)
     }
 
     fn submit(&self, to: TopicPartition, payload: Bytes, sink: &Arc<dyn AppendSink>, token: u64) -> Result<(), AppendError> {

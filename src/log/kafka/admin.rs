@@ -97,12 +97,11 @@ pub async fn create_topics(options: &KafkaOptions, topics: &[NewKafkaTopic]) -> 
 
 /// Gives topic `inbox` more partitions, so many in all; returns when the brokers know them. `sealpost topology scale` puts them to use.
 pub async fn grow_inbox(options: &KafkaOptions, partitions: u16) -> Result<(), KafkaAdminError> {
-    let unavailable = |error: KafkaError| KafkaAdminError::Unavailable(error.to_string());
-    let admin = admin(options).map_err(unavailable)?;
+    let asked = Asked::new(options)?;
     let name = options.topic(Topic::Inbox);
     let wanted = [NewPartitions::new(&name, usize::from(partitions))];
-    let grown = admin.create_partitions(&wanted, &patience()).await.map_err(unavailable);
-    let _ = tokio::task::spawn_blocking(move || drop(admin)).await;
+    let grown = asked.admin.create_partitions(&wanted, &patience()).await.map_err(|error| asked.failed(&error));
+    asked.end().await;
     for result in grown? {
         if let Err((topic, code)) = result {
             return Err(KafkaAdminError::Refused { topic, reason: code.to_string() });

@@ -7,13 +7,11 @@ use parking_lot::RwLock;
 use rdkafka::producer::Producer as _;
 use tokio_util::sync::CancellationToken;
 
-use crate::ids::{AccountId, Offset, Partition};
+use crate::ids::{AccountId, Offset};
 use crate::limits;
 use crate::log::kafka::KafkaLog;
-use crate::log::layout::{Layout, LayoutRecord};
+use crate::log::layout::{Layout, LayoutRecord, TOPIC};
 use crate::log::{AppendError, EventLog as _, ReadError, Topic, TopicPartition};
-
-const TOPIC: TopicPartition = TopicPartition { topic: Topic::Layout, partition: Partition(0) };
 
 struct Known {
     layout: Arc<Layout>,

@@ -49,6 +49,11 @@ impl Worker {
 
     /// Ends the coalescing window: receipts out, then what changed, behind the projector's back.
     pub(super) async fn flush(&mut self, consumer: &mut dyn Consumer) -> Result<(), WorkerError> {
+        self.flush_over(self.pace.mark_windows, consumer).await
+    }
+
+    /// The same; marks that begin to be written now are spread over so many windows.
+    async fn flush_over(&mut self, windows: usize, consumer: &mut dyn Consumer) -> Result<(), WorkerError> {
         self.window_ends = None;
         self.send_receipts();
         if let Some(recording) = &mut self.recording {
@@ -59,7 +64,7 @@ impl Worker {
         self.projection.flush(&mut write);
         self.send_pushes().await;
         if std::mem::take(&mut self.moved) || self.trail.is_some() {
-            let positions = self.write_marks(&mut write);
+            let positions = self.write_marks(windows, &mut write);
             write.positions = positions.iter().filter(|(tp, _)| tp.topic == Topic::Inbox).map(|(tp, next)| (tp.partition, *next)).collect();
             let (after, pushed) = (std::mem::take(&mut self.receipts), Some(self.parts.bus.settled()));
             // Whoever did not acknowledge in time may have no stream any more: its polls look.
@@ -82,12 +87,11 @@ impl Worker {
 
     /// Adds a slice of the marks; gives the positions that are covered with it, none until the last slice. Two limits make it all of
     /// them at once: how much a takeover would apply again, and memory.
-    fn write_marks(&mut self, write: &mut DeliveryWrite) -> Vec<(TopicPartition, Offset)> {
+    fn write_marks(&mut self, windows: usize, write: &mut DeliveryWrite) -> Vec<(TopicPartition, Offset)> {
         let applied = self.progress.borrow().applied;
-        let windows = self.pace.mark_windows.max(1);
         let trail = self.trail.get_or_insert_with(|| Trail {
             positions: self.owned.iter().map(|(tp, owned)| (*tp, owned.next)).collect(),
-            slice: self.projection.begin_marks().div_ceil(windows),
+            slice: self.projection.begin_marks().div_ceil(windows.max(1)),
             applied,
         });
         let hurry = applied - trail.applied > limits::TRAIL_RECORDS || self.projection.marks() > limits::HOT_ENTRIES;
@@ -99,13 +103,10 @@ impl Worker {
 
     /// The same, whole, and waits until all is in the store.
     pub(super) async fn flush_now(&mut self, consumer: &mut dyn Consumer) -> Result<(), WorkerError> {
-        let windows = std::mem::replace(&mut self.pace.mark_windows, 1);
         if self.trail.take().is_some() {
             self.moved = true;
         }
-        let flushed = self.flush(consumer).await;
-        self.pace.mark_windows = windows;
-        flushed?;
+        self.flush_over(1, consumer).await?;
         self.behind.settle().await?;
         self.flush(consumer).await
     }

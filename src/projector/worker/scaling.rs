@@ -11,11 +11,9 @@ use futures_util::future::try_join_all;
 use super::{Owned, Worker, WorkerError, append, append_for, undecodable};
 use crate::ids::{Offset, Partition};
 use crate::limits;
-use crate::log::layout::LayoutRecord;
+use crate::log::layout::{self, LayoutRecord};
 use crate::log::{Consumer, Record, Topic, TopicPartition};
 use crate::wire::event::{self, InboxEvent};
-
-const LAYOUT: TopicPartition = TopicPartition { topic: Topic::Layout, partition: Partition(0) };
 
 impl Worker {
     /// Takes partitions up that may be applied, and holds the others back.
@@ -31,15 +29,12 @@ impl Worker {
     }
 
     async fn take_up(&mut self, partitions: Vec<TopicPartition>, consumer: &mut dyn Consumer) -> Result<(), WorkerError> {
-        let (parts, beside) = (&self.parts, &self.beside);
+        let (log, view, beside) = (&self.parts.log, &self.parts.positions(), &self.beside);
         // Asked for side by side: the other partitions wait meanwhile.
         let asked = try_join_all(partitions.into_iter().map(|tp| async move {
-            let next = match tp.topic {
-                Topic::Directory => parts.directory.directory_position(tp.partition).await?,
-                _ => parts.delivery.position(tp.partition).await?,
-            };
+            let next = view.of(tp).await?;
             let said = try_join_all(beside.iter().map(|view| view.of(tp))).await?.into_iter().max();
-            let (earliest, end) = parts.log.bounds(tp).await?;
+            let (earliest, end) = log.bounds(tp).await?;
             Ok::<_, WorkerError>((tp, next, said, earliest, end))
         }));
         for (tp, next, said, earliest, end) in asked.await? {
@@ -99,7 +94,7 @@ impl Worker {
         self.flush_now(consumer).await?;
         if layout.is_draining(tp.partition) {
             let said = LayoutRecord::Drained { partition: tp.partition };
-            append(self.parts.log.as_ref(), LAYOUT, said.encode()).await?;
+            append(self.parts.log.as_ref(), layout::TOPIC, said.encode()).await?;
             tracing::info!(partition = tp.partition.0, "a partition of an older generation is drained");
         }
         self.drained.insert(tp.partition);

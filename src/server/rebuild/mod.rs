@@ -11,12 +11,11 @@ use crate::config::Config;
 use crate::ids::{Offset, Partition};
 use crate::log::{EventLog, Topic, TopicPartition};
 use crate::projector::shadow::NoEdge;
-use crate::projector::worker::{Pace, Parts as WorkerParts, Worker};
+use crate::projector::worker::{Pace, Parts as WorkerParts, Positions, Worker};
 use crate::server::ServerError;
 use crate::server::embedded::{Opened, open};
 use crate::server::metadata;
 use crate::store::embedded::{EmbeddedStore, Options as StoreOptions};
-use crate::store::{DeliveryStore as _, DirectoryStore as _};
 
 #[cfg(feature = "cluster")]
 mod compare;
@@ -81,13 +80,10 @@ fn partitions(config: &Config) -> impl Iterator<Item = TopicPartition> {
 async fn applied_positions(config: &Config) -> Option<HashMap<TopicPartition, Offset>> {
     let dir = config.data.join("store");
     let store = tokio::task::spawn_blocking(move || EmbeddedStore::open(&dir, StoreOptions::default())).await.ok()?.ok()?;
+    let view = Positions { delivery: store.clone(), directory: store };
     let mut positions = HashMap::new();
     for tp in partitions(config) {
-        let next = match tp.topic {
-            Topic::Directory => store.directory_position(tp.partition).await.ok()?,
-            _ => store.position(tp.partition).await.ok()?,
-        };
-        positions.insert(tp, next);
+        positions.insert(tp, view.of(tp).await.ok()?);
     }
     Some(positions)
 }
