@@ -64,6 +64,25 @@ pub const GROUP_OUT_OF_ORDER: u32 = 64;
 /// How many messages of one sender and epoch a member may miss and still read the next one; each costs a hash to skip.
 pub const GROUP_FORWARD: u32 = 10_000;
 
+/// Groups that one device may follow on a stream, and that one account may be in.
+pub const GROUPS_PER_ACCOUNT: usize = 1_000;
+/// A request that carries a commit, Welcome and GroupInfo as JSON: base64 makes a third more of them.
+pub const GROUP_BODY_BYTES: usize = 2 * COMMIT_BYTES / 3 * 4 + 256 * 1024;
+/// A group's tree, in bytes: 270 KB were measured at 1,500 leaves.
+pub const GROUP_TREE_BYTES: usize = COMMIT_BYTES;
+/// Commits behind a group's snapshot: what is replayed when a projector meets the group again.
+pub const GROUP_SNAPSHOT_COMMITS: u64 = 16;
+/// Public states of groups that a projector keeps in memory, in bytes of their trees; the least used go past that.
+pub const GROUP_STATES_BYTES: usize = 256 * 1024 * 1024;
+/// How often an edge says again that it follows a group, in milliseconds.
+pub const GROUP_EDGE_RENEW_MS: u64 = 5 * 60_000;
+/// After how long an edge that did not is taken for gone, in milliseconds by the log's clock.
+pub const GROUP_EDGE_GONE_MS: u64 = 15 * 60_000;
+/// Bytes of group items that a session may queue; past that it is told where its groups are, and fetches.
+pub const SESSION_GROUP_BYTES: usize = 4 * 1024 * 1024;
+/// Groups that an edge keeps in memory besides those that are followed.
+pub const CACHED_GROUPS: usize = 10_000;
+
 /// How long an undelivered envelope is kept: 30 days.
 pub const ENVELOPE_TTL_MS: u64 = 30 * 24 * 3600 * 1000;
 /// Pending items kept for one device; past that senders get `inbox_full`.

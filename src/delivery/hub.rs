@@ -276,6 +276,8 @@ impl Hub {
                 }
             }
             Push::Full { device, full } => self.acceptor.set_full(device, full),
+            // Nothing here follows a group yet.
+            Push::GroupItem { .. } | Push::GroupAttached { .. } | Push::GroupVerdict { .. } => {}
             Push::Verdict { request, verdict } => self.directory.complete(request.number, verdict),
             Push::AccountChanged { account } => {
                 self.directory.invalidate(account);

@@ -93,8 +93,8 @@ impl Reader<'_> {
             match frame.frame {
                 Some(client_frame::Frame::Send(send)) => self.send(send).await,
                 Some(client_frame::Frame::Ack(ack)) => self.ack(Seq(ack.seq))?,
-                // A frame of a newer client.
-                None => {}
+                // A frame of a newer client; groups are not followed yet.
+                Some(client_frame::Frame::GroupFollow(_) | client_frame::Frame::GroupSend(_)) | None => {}
             }
         }
         Ok(())

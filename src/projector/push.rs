@@ -9,8 +9,9 @@
 use async_trait::async_trait;
 use futures_util::future::BoxFuture;
 
-use crate::ids::{AccountId, AttachId, DeviceAddr, EdgeId, Seq};
+use crate::ids::{AccountId, AttachId, DeviceAddr, EdgeId, GroupId, Seq};
 use crate::log::AppendError;
+use crate::store::groups::{GroupItem, GroupRoster};
 use crate::store::{InboxState, PendingItem};
 use crate::wire::event::{RequestId, TraceContext};
 
@@ -78,6 +79,57 @@ pub enum Push {
         /// Which one.
         account: AccountId,
     },
+    /// A group's next item, for an edge that said that it follows. It is in the store. A hole before it ([`GroupItem::after`]) or a lost last
+    /// one costs members a page.
+    GroupItem {
+        /// Which group.
+        group: GroupId,
+        /// The item.
+        item: GroupItem,
+        /// Who is in the group from here on, if that changed.
+        roster: Option<Box<GroupRoster>>,
+    },
+    /// The edge's attachment to a group was met: items behind `head` come by themselves.
+    GroupAttached {
+        /// Which group.
+        group: GroupId,
+        /// Its last item and epoch; `None`: there is no such group, or it is closed.
+        at: Option<(Seq, u64)>,
+    },
+    /// What became of something that was submitted to a group.
+    GroupVerdict {
+        /// Which request.
+        request: RequestId,
+        /// The verdict.
+        verdict: GroupVerdict,
+    },
+}
+
+/// What became of something that was submitted to a group.
+#[derive(Debug, Clone, PartialEq, Eq, bincode::Encode, bincode::Decode)]
+pub enum GroupVerdict {
+    /// Accepted: the item that it is now, and the group's epoch behind it.
+    Done {
+        /// The item.
+        seq: Seq,
+        /// The epoch.
+        epoch: u64,
+    },
+    /// Of another epoch than the group's: somebody else was first.
+    Conflict {
+        /// The group's epoch.
+        epoch: u64,
+        /// The last commit: what the sender has to take in.
+        head: Seq,
+    },
+    /// There is a group of this id already.
+    Exists,
+    /// There is no such group, or it is closed.
+    NotFound,
+    /// The rules of groups forbid it; why.
+    Denied(String),
+    /// Not valid; why.
+    Invalid(String),
 }
 
 /// What became of a directory command.

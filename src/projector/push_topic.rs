@@ -17,11 +17,12 @@ use parking_lot::Mutex;
 use tokio::sync::watch;
 
 use crate::clock::{Clock as _, SystemClock};
-use crate::ids::{AccountId, AttachId, DeviceAddr, EdgeId, Offset, Partition, Seq};
+use crate::ids::{AccountId, AttachId, DeviceAddr, EdgeId, GroupId, Offset, Partition, Seq};
 use crate::limits;
 use crate::log::{AppendError, AppendSink, Consumed, EventLog, Follow, ReadError, Topic, TopicPartition};
 use crate::metrics;
-use crate::projector::push::{Push, PushBus, Verdict};
+use crate::projector::push::{GroupVerdict, Push, PushBus, Verdict};
+use crate::store::groups::GroupRoster;
 use crate::store::{InboxState, PendingItem, StoreError, keyspace};
 use crate::wire::event::{self, RequestId, TraceContext};
 
@@ -73,6 +74,20 @@ enum Wire<'a> {
         body: &'a [u8],
         trace: TraceContext,
     },
+    GroupItem {
+        group: GroupId,
+        seq: Seq,
+        body: &'a [u8],
+        roster: Option<GroupRoster>,
+    },
+    GroupAttached {
+        group: GroupId,
+        at: Option<(Seq, u64)>,
+    },
+    GroupVerdict {
+        request: RequestId,
+        verdict: GroupVerdict,
+    },
 }
 
 #[derive(Encode, BorrowDecode)]
@@ -97,6 +112,11 @@ fn to_wire<'a>(push: &Push, body: &'a [u8]) -> Wire<'a> {
         Push::Full { device, full } => Wire::Full { device: *device, full: *full },
         Push::Verdict { request, verdict } => Wire::Verdict { request: *request, verdict: verdict.clone() },
         Push::AccountChanged { account } => Wire::AccountChanged { account: *account },
+        Push::GroupItem { group, item, roster } => {
+            Wire::GroupItem { group: *group, seq: item.seq, body, roster: roster.as_deref().cloned() }
+        }
+        Push::GroupAttached { group, at } => Wire::GroupAttached { group: *group, at: *at },
+        Push::GroupVerdict { request, verdict } => Wire::GroupVerdict { request: *request, verdict: verdict.clone() },
     }
 }
 
@@ -117,6 +137,12 @@ fn from_wire(wire: Wire<'_>, record: &Bytes) -> Result<Push, StoreError> {
         Wire::Full { device, full } => Push::Full { device, full },
         Wire::Verdict { request, verdict } => Push::Verdict { request, verdict },
         Wire::AccountChanged { account } => Push::AccountChanged { account },
+        Wire::GroupItem { group, seq, body, roster } => {
+            let item = keyspace::decode_group_item(seq, event::share(record, body))?;
+            Push::GroupItem { group, item, roster: roster.map(Box::new) }
+        }
+        Wire::GroupAttached { group, at } => Push::GroupAttached { group, at },
+        Wire::GroupVerdict { request, verdict } => Push::GroupVerdict { request, verdict },
     })
 }
 
@@ -127,8 +153,10 @@ fn encode(edge: Option<EdgeId>, pushes: &[Push]) -> Vec<Bytes> {
     while !rest.is_empty() {
         let (mut bodies, mut ends, mut count) = (Vec::new(), Vec::new(), 0);
         while count < rest.len() && (count == 0 || bodies.len() < limits::PUSH_RECORD_BYTES) {
-            if let Push::Item { item, .. } = &rest[count] {
-                keyspace::encode_pending(&item.body, &mut bodies);
+            match &rest[count] {
+                Push::Item { item, .. } => keyspace::encode_pending(&item.body, &mut bodies),
+                Push::GroupItem { item, .. } => keyspace::encode_group_item(item, &mut bodies),
+                _ => {}
             }
             ends.push(bodies.len());
             count += 1;
@@ -321,10 +349,24 @@ mod tests {
     use super::*;
     use crate::clock::UnixMillis;
     use crate::ids::{ClientMessageId, DeviceId};
+    use crate::store::groups::{GroupItem, GroupItemKind};
     use crate::store::{PendingBody, PendingEnvelope};
 
     fn device(n: u8) -> DeviceAddr {
         DeviceAddr { account: AccountId::from_bytes([n; 16]), device: DeviceId::new(3).expect("valid") }
+    }
+
+    fn group_item(seq: u64) -> GroupItem {
+        GroupItem {
+            seq: Seq(seq),
+            after: Seq(seq - 1),
+            accepted: UnixMillis(7),
+            epoch: 3,
+            sender: seq.is_multiple_of(2).then(|| device(4)),
+            kind: GroupItemKind::Message,
+            client_message_id: ClientMessageId(5),
+            content: vec![8; 300].into(),
+        }
     }
 
     fn item(seq: u64, bytes: usize) -> Push {
@@ -353,6 +395,14 @@ mod tests {
             Push::Full { device: device(2), full: true },
             Push::Verdict { request, verdict: Verdict::Done(Some(device(3))) },
             Push::AccountChanged { account: device(3).account },
+            Push::GroupItem { group: GroupId::from_bytes([7; 16]), item: group_item(9), roster: None },
+            Push::GroupItem {
+                group: GroupId::from_bytes([7; 16]),
+                item: group_item(10),
+                roster: Some(Box::new(GroupRoster { epoch: 3, owner: None, admins: Vec::new(), devices: vec![device(1)] })),
+            },
+            Push::GroupAttached { group: GroupId::from_bytes([7; 16]), at: Some((Seq(9), 3)) },
+            Push::GroupVerdict { request, verdict: GroupVerdict::Conflict { epoch: 3, head: Seq(9) } },
             item(2_001, limits::ENVELOPE_BYTES),
         ]);
         let records = encode(Some(edge), &pushes);

@@ -4,6 +4,7 @@
 //! |---|---|---|
 //! | [`DeliveryStore`] | pending items, inboxes, dedupe marks, applied positions of `inbox` | yes |
 //! | [`DirectoryStore`] | accounts, identities, devices' long-lived prekeys, applied positions of `directory` | yes |
+//! | [`groups::GroupStore`] | groups: public state, recent items, members, applied positions of `groups` | yes |
 //! | [`KeyStore`] | one-time prekeys, at-rest keys, identity claims | no: it is state |
 //!
 //! Every method may be retried after [`StoreError::Unavailable`]: writes are idempotent, but for
@@ -22,6 +23,7 @@ pub mod conformance;
 #[cfg(feature = "cluster")]
 pub mod cql;
 pub mod embedded;
+pub mod groups;
 pub mod keyspace;
 pub mod metered;
 pub mod mirrored;

@@ -1,6 +1,7 @@
 //! Pure, versioned codecs: the frames of the device stream and the events of the log.
 
 pub mod event;
+pub mod group_event;
 pub mod padding;
 /// The Protobuf types of `schemas/stream.proto`.
 #[allow(missing_docs, clippy::doc_markdown, reason = "generated; the schema is the documentation")]

@@ -44,7 +44,9 @@ impl Db {
                     | Frame::PrekeysLow(_)
                     | Frame::KeyPackagesLow(_)
                     | Frame::Closing(_)
-                    | Frame::AccountChanged(_),
+                    | Frame::AccountChanged(_)
+                    | Frame::GroupItem(_)
+                    | Frame::GroupHead(_),
                 )
                 | None => {}
             }
