@@ -150,6 +150,7 @@ impl Fake {
                                 let result = stream::SendResult { request_id: send.request_id, code: code as i32, ..Default::default() };
                                 answers.push(server_frame::Frame::Result(result));
                             }
+                            other => panic!("the load tool does not send {other:?}"),
                         }
                     }
                     let batches = { let mut inner = self.inner.lock().unwrap(); inner.batches += 1; inner.batches };

@@ -326,7 +326,7 @@ mod tests {
     fn sent(world: &World, tick: bool) -> Vec<(u64, u64)> {
         let number = |frame| match frame {
             client_frame::Frame::Send(send) => Some((send.request_id, send.client_message_id)),
-            client_frame::Frame::Ack(_) => None,
+            _ => None,
         };
         written(world, 0, tick).into_iter().filter_map(number).collect()
     }
