@@ -162,6 +162,8 @@ statements! {
     accounts_all view "SELECT record FROM @accounts",
     identities_all view "SELECT identity, account FROM @identities",
     keys_all view "SELECT account, device, keys FROM @device_keys",
+    groups_all view "SELECT id FROM @group_heads",
+    group_members_all view "SELECT DISTINCT account FROM @group_members",
     pool_get state "SELECT left FROM @one_time_prekeys WHERE account = ? AND device = ? AND kind = ? LIMIT 1",
     pool_ids state "SELECT id FROM @one_time_prekeys WHERE account = ? AND device = ? AND kind = ?",
     pool_first state "SELECT left, id, prekey FROM @one_time_prekeys WHERE account = ? AND device = ? AND kind = ? LIMIT 1",
