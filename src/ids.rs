@@ -223,6 +223,12 @@ impl Partition {
         hasher.write(account.as_bytes());
         Self((hasher.finish() % u64::from(partitions.max(1))) as u16)
     }
+
+    /// The partition of a group, by the same rule.
+    #[cfg(feature = "server")]
+    pub fn of_group(group: &GroupId, partitions: u16) -> Self {
+        Self::of(&AccountId::from_bytes(*group.as_bytes()), partitions)
+    }
 }
 
 /// One numbering of partitions; scaling the partition count starts a new one.

@@ -22,6 +22,7 @@ use crate::auth::jwks::JwksError;
 use crate::auth::realm::Realms;
 use crate::clock::{Clock, Random, SystemClock, SystemRandom};
 use crate::config::{Config, ConfigError};
+use crate::delivery::groups::GroupService;
 use crate::delivery::hub::Hub;
 use crate::delivery::inbox::Inboxes;
 use crate::delivery::sending::Acceptor;
@@ -40,6 +41,7 @@ use crate::projector::push::{Push, PushBus};
 use crate::projector::push_topic::{self, PushTarget, PushTopic};
 use crate::projector::worker::{Pace, Parts as WorkerParts, Positions, Progress, WorkerError};
 use crate::store::embedded::OpenError as StoreOpenError;
+use crate::store::groups::GroupStore;
 use crate::store::metered::Metered;
 #[cfg(feature = "cluster")]
 use crate::store::mirrored::Mirrored;
@@ -52,6 +54,7 @@ mod embedded;
 mod metadata;
 mod projecting;
 mod rebuild;
+mod unstored;
 
 #[cfg(feature = "cluster")]
 pub use cluster::{cql_options, kafka_options};
@@ -91,6 +94,7 @@ struct Backends {
     log: Arc<dyn EventLog>,
     delivery: Arc<dyn DeliveryStore>,
     directory: Arc<dyn DirectoryStore>,
+    groups: Arc<dyn GroupStore>,
     keys: Arc<dyn KeyStore>,
     /// What the projector keeps: the same, unless it keeps two.
     view: View,
@@ -139,7 +143,7 @@ impl Backends {
         let embedded::Opened { log, store } = opened.map_err(|error| ServerError(error.to_string()))??;
         let view = View::one(store.clone());
         let (delivery, directory, keys) = (store.clone() as _, store.clone() as _, store as _);
-        Ok(Self { log, delivery, directory, keys, view, pushes: None, tasks: Vec::new() }.metered())
+        Ok(Self { log, delivery, directory, groups: Arc::new(unstored::Unstored), keys, view, pushes: None, tasks: Vec::new() }.metered())
     }
 
     fn metered(self) -> Self {
@@ -227,12 +231,22 @@ impl Edge {
             Arc::clone(&random),
             config.rates().messages_per_device_per_s,
         ));
+        let groups = Arc::new(GroupService::new(crate::delivery::groups::Parts {
+            log: Arc::clone(&backends.log),
+            store: Arc::clone(&backends.groups),
+            clock: Arc::clone(&clock),
+            random: Arc::clone(&random),
+            edge,
+            messages_per_s: config.rates().messages_per_device_per_s,
+            changes_per_min: config.rates().group_changes_per_device_per_min,
+        }));
         let hub = Arc::new(Hub::new(
             edge,
             Arc::clone(&backends.log),
             Arc::clone(&backends.delivery),
             Arc::clone(&directory),
             Arc::clone(&acceptor),
+            groups,
             Arc::clone(&random),
             Duration::from_millis(if config.is_cluster() { limits::CLUSTER_ACK_DELAY_MS } else { limits::ACK_DELAY_MS }),
         ));
@@ -349,6 +363,7 @@ impl Broker {
             Some(edge) => {
                 let (hub, realms) = (Arc::clone(&edge.hub), Arc::clone(&edge.realms));
                 tasks.push(tokio::spawn(Arc::clone(&hub).run_acks(edge_stops.clone())));
+                tasks.push(tokio::spawn(Arc::clone(&hub.groups).run(edge_stops.clone())));
                 tasks.push(tokio::spawn(hub.run_heartbeat(edge_stops)));
                 let until = drain.clone();
                 tasks.push(tokio::spawn(async move { realms.keep_fresh(until).await }));
