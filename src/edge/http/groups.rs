@@ -37,7 +37,7 @@ pub struct CreatedGroup {
 
 /// Creates a group
 ///
-/// The whole group is checked as RFC 9420 and the rules of groups (`docs/groups.md`) say: one leaf, that of this device; the extensions that
+/// The whole group is checked as RFC 9420 and the rules of groups (`docs/client-protocol.md`, section 13) say: one leaf, that of this device; the extensions that
 /// carry the group's profile; as external sender nobody, or this server's `group_sender` (`GET /v1/server`). Repeat exactly the same after a
 /// lost answer, 503 or 504.
 #[utoipa::path(
