@@ -267,6 +267,7 @@ impl Edge {
             sending: self.acceptor,
             inbox: Arc::new(Inboxes(Arc::clone(&self.hub))),
             hub: self.hub,
+            group_sender: None,
             operations,
         })
     }

@@ -287,7 +287,7 @@ impl Writer<'_> {
     /// Says where groups are. Those that items were dropped of are at what comes next, or behind it.
     fn group_heads(&mut self, groups: &TakenGroups) {
         let Session { hub, handle } = self.session;
-        let lost = groups.lost.iter().filter(|group| !groups.heads.contains_key(group));
+        let lost = groups.lost.iter().filter(|group| !groups.heads.contains_key(*group));
         let lost = lost.map(|&group| {
             // Of a group that is closed, or that it is out of, the answer to its next request says so.
             let at = hub.groups.at(group).filter(|_| handle.follows(group));

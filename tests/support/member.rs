@@ -29,13 +29,15 @@ pub struct Member {
     /// The last item that it took in.
     pub cursor: u64,
     pub next_id: u64,
+    /// Repeats what was not answered, or answered 5xx: its broker is killed now and then.
+    pub patient: bool,
 }
 
 impl Member {
     pub fn new(device: RawDevice, group: GroupId) -> Self {
         let mut state = MemoryState::default();
         state.commit([(StateKey::OwnAddress, Some(encode_address(device.addr).into()))].into());
-        Self { device, state, group, cursor: 0, next_id: 1 }
+        Self { device, state, group, cursor: 0, next_id: 1, patient: false }
     }
 
     pub fn addr(&self) -> DeviceAddr {
@@ -67,7 +69,13 @@ impl Member {
     }
 
     pub async fn call(&self, method: Method, path: &str, body: Option<Value>) -> (StatusCode, Value) {
-        self.device.call(method, path, body).await.expect("an answer")
+        loop {
+            match self.device.call(method.clone(), path, body.clone()).await {
+                Ok(answer) if !self.patient || !answer.0.is_server_error() => return answer,
+                Err(error) if !self.patient => panic!("no answer: {error}"),
+                _ => tokio::time::sleep(std::time::Duration::from_millis(50)).await,
+            }
+        }
     }
 
     pub fn make(&mut self) -> Created {
