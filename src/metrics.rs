@@ -122,6 +122,16 @@ pub enum StoreCall {
     Claim,
     /// An account's at-rest key is looked up, made or destroyed.
     SealKey,
+    /// What events of groups changed.
+    WriteGroups,
+    /// A group: what it is now, who is in it, which messages it met.
+    Group,
+    /// A group's public state, info or tree.
+    GroupState,
+    /// A page of a group's items.
+    GroupItems,
+    /// The groups of an account.
+    GroupsOf,
 }
 
 macro_rules! labels {
@@ -135,7 +145,7 @@ labels!(Refusal: Full = "full", PerIp = "per_ip", Tls = "tls");
 labels!(Proof: Device = "device", Realm = "realm");
 labels!(RateScope: Ip = "ip", Device = "device", Messages = "messages", Registrations = "registrations", AuthFailures = "auth_failures", KeyFetches = "key_fetches", GroupChanges = "group_changes");
 labels!(Prekey: Ec = "ec", Pq = "pq", KeyPackage = "key_package");
-labels!(StoreCall: Position = "position", Write = "write", Inboxes = "inboxes", Marks = "marks", Pending = "pending", Expired = "expired", WriteDirectory = "write_directory", Account = "account", Identity = "identity", DeviceKeys = "device_keys", OneTimeAdd = "one_time_add", OneTimeTake = "one_time_take", OneTimeFirst = "one_time_first", OneTimeCount = "one_time_count", OneTimeRemove = "one_time_remove", Claim = "claim", SealKey = "seal_key");
+labels!(StoreCall: Position = "position", Write = "write", Inboxes = "inboxes", Marks = "marks", Pending = "pending", Expired = "expired", WriteDirectory = "write_directory", Account = "account", Identity = "identity", DeviceKeys = "device_keys", OneTimeAdd = "one_time_add", OneTimeTake = "one_time_take", OneTimeFirst = "one_time_first", OneTimeCount = "one_time_count", OneTimeRemove = "one_time_remove", Claim = "claim", SealKey = "seal_key", WriteGroups = "write_groups", Group = "group", GroupState = "group_state", GroupItems = "group_items", GroupsOf = "groups_of");
 labels!(Moved: Assigned = "assigned", Revoked = "revoked", Lost = "lost");
 labels!(PrekeyOutcome: Handed = "handed", Exhausted = "exhausted", Protected = "protected");
 

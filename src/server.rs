@@ -54,7 +54,6 @@ mod embedded;
 mod metadata;
 mod projecting;
 mod rebuild;
-mod unstored;
 
 #[cfg(feature = "cluster")]
 pub use cluster::{cql_options, kafka_options};
@@ -108,26 +107,29 @@ struct Backends {
 struct View {
     delivery: Arc<dyn DeliveryStore>,
     directory: Arc<dyn DirectoryStore>,
+    groups: Arc<dyn GroupStore>,
     /// The single ones, where it keeps two.
     each: Vec<Positions>,
 }
 
 impl View {
-    fn one<S: DeliveryStore + DirectoryStore>(store: Arc<S>) -> Self {
-        Self { delivery: store.clone(), directory: store, each: Vec::new() }
+    fn one<S: DeliveryStore + DirectoryStore + GroupStore>(store: Arc<S>) -> Self {
+        Self { delivery: store.clone(), directory: store.clone(), groups: store, each: Vec::new() }
     }
 
     #[cfg(feature = "cluster")]
-    fn two<S: DeliveryStore + DirectoryStore>(views: [Arc<S>; 2], log: &Arc<dyn EventLog>) -> Self {
+    fn two<S: DeliveryStore + DirectoryStore + GroupStore>(views: [Arc<S>; 2], log: &Arc<dyn EventLog>) -> Self {
         let each = views.iter().map(|view| Positions { delivery: view.clone(), directory: view.clone() }).collect();
-        let (layout, settled, directory) = (Arc::clone(log), Arc::clone(log), log.partitions(Topic::Directory));
+        let (layout, settled) = (Arc::clone(log), Arc::clone(log));
+        let (directory, groups) = (log.partitions(Topic::Directory), log.partitions(Topic::Groups));
         let both = Arc::new(Mirrored::new(
             views,
             Box::new(move |account| layout.layout().partitions_for(account)),
             move |partition| settled.layout().is_drained(partition),
             Box::new(move |account| vec![Partition::of(account, directory)]),
+            Box::new(move |group| vec![Partition::of_group(group, groups)]),
         ));
-        Self { delivery: both.clone(), directory: both, each }
+        Self { delivery: both.clone(), directory: both.clone(), groups: both, each }
     }
 }
 
@@ -142,18 +144,20 @@ impl Backends {
         let opened = tokio::task::spawn_blocking(move || embedded::open(&opening, false, log)).await;
         let embedded::Opened { log, store } = opened.map_err(|error| ServerError(error.to_string()))??;
         let view = View::one(store.clone());
-        let (delivery, directory, keys) = (store.clone() as _, store.clone() as _, store as _);
-        Ok(Self { log, delivery, directory, groups: Arc::new(unstored::Unstored), keys, view, pushes: None, tasks: Vec::new() }.metered())
+        let (delivery, directory, groups, keys) = (store.clone() as _, store.clone() as _, store.clone() as _, store as _);
+        Ok(Self { log, delivery, directory, groups, keys, view, pushes: None, tasks: Vec::new() }.metered())
     }
 
     fn metered(self) -> Self {
         Self {
             delivery: Arc::new(Metered::new(self.delivery)),
             directory: Arc::new(Metered::new(self.directory)),
+            groups: Arc::new(Metered::new(self.groups)),
             keys: Arc::new(Metered::new(self.keys)),
             view: View {
                 delivery: Arc::new(Metered::new(self.view.delivery)),
                 directory: Arc::new(Metered::new(self.view.directory)),
+                groups: Arc::new(Metered::new(self.view.groups)),
                 each: self.view.each,
             },
             ..self

@@ -232,7 +232,10 @@ async fn what_strangers_and_bad_members_submit_is_refused_and_changes_nothing() 
     assert_eq!(code(&bob.call(Method::POST, &commits, Some(with("commit", b""))).await), (400, "bad_request"));
     // What belongs to it is not what belongs to it.
     let info = bob.call(Method::GET, &bob.path("/info"), None).await.1;
-    assert_eq!(code(&bob.call(Method::POST, &commits, Some(with("group_info", &member::unb64(&info["group_info"])))).await), (400, "bad_request"));
+    assert_eq!(
+        code(&bob.call(Method::POST, &commits, Some(with("group_info", &member::unb64(&info["group_info"])))).await),
+        (400, "bad_request")
+    );
     assert_eq!(code(&bob.call(Method::POST, &commits, Some(with("welcome", &good.commit))).await), (400, "bad_request"));
     assert_eq!(code(&bob.call(Method::POST, &bob.path("/proposals"), Some(proposal)).await), (400, "bad_request"));
     // Too large.

@@ -156,7 +156,9 @@ async fn with_another_accounts_credential_nothing_of_the_victim_changes_and_noth
     let before = snapshot(&broker, &victim).await;
     for (n, operation) in operations(&broker, &victim, &third).await.iter().enumerate().filter(|(_, operation)| operation.private) {
         // What others may do to an account: send to it, and take one of its one-time prekeys. Both have tests of their own.
-        if operation.path.contains("/accounts/") && operation.path.ends_with("/messages") || operation.path.ends_with("/keys") && operation.path.contains("/accounts/") {
+        if operation.path.contains("/accounts/") && operation.path.ends_with("/messages")
+            || operation.path.ends_with("/keys") && operation.path.contains("/accounts/")
+        {
             continue;
         }
         // Twice: the intruder's own device has the victim's number, or another one.

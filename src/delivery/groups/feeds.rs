@@ -121,6 +121,13 @@ impl Feed {
         metrics::observe_group_pushed(items * self.followers.len() as u64);
     }
 
+    /// Nothing comes any more.
+    fn end_all(&self, group: GroupId) {
+        for handle in self.followers.values() {
+            handle.end_follow(group);
+        }
+    }
+
     /// Who is out of the group has had the commit that says so, and gets nothing more.
     fn keep_members(&mut self, group: GroupId) {
         let roster = &self.roster;
@@ -348,7 +355,7 @@ impl GroupService {
                     member
                 });
                 if known.head.closed {
-                    feed.followers.values().for_each(|handle| drop(handle.end_follow(group)));
+                    feed.end_all(group);
                     shard.remove(&group);
                 } else if feed.followers.is_empty() {
                     feed.empty.get_or_insert_with(Instant::now);
@@ -447,7 +454,7 @@ impl GroupService {
             let Some(feed) = feed else { continue };
             feed.fan_out(group, &mut frames, &mut items, touched);
             if closed && feed.live {
-                feed.followers.values().for_each(|handle| drop(handle.end_follow(group)));
+                feed.end_all(group);
                 shard.remove(&group);
             }
         }

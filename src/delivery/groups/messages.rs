@@ -8,7 +8,6 @@ use bytes::Bytes;
 
 use super::GroupService;
 use super::error::GroupError;
-use super::members::has_device;
 use crate::auth::KnownDevice;
 use crate::ids::{ClientMessageId, DeviceAddr, GroupId};
 use crate::limits;

@@ -117,7 +117,7 @@ impl GroupStore for Memory {
     async fn group_info(&self, _: GroupId) -> Result<Option<Bytes>, StoreError> {
         Ok(None)
     }
-    async fn group_snapshot(&self, _: GroupId) -> Result<Option<(u64, Bytes)>, StoreError> {
+    async fn group_snapshot(&self, _: GroupId, _: u64) -> Result<Option<Bytes>, StoreError> {
         Ok(None)
     }
     async fn group_tree(&self, _: GroupId, _: u64) -> Result<Option<Bytes>, StoreError> {
@@ -430,7 +430,8 @@ async fn a_device_follows_so_many_groups_and_waits_for_so_many_answers() {
 async fn messages_are_checked_before_the_log_takes_them() {
     let world = world();
     let content: Bytes = [&[0, 1, 0, 2][..], &[9; 100]].concat().into();
-    let message = |id: u64, epoch: u64| GroupMessage { group: GROUP, client_message_id: ClientMessageId(id), epoch, content: content.clone() };
+    let message =
+        |id: u64, epoch: u64| GroupMessage { group: GROUP, client_message_id: ClientMessageId(id), epoch, content: content.clone() };
     let send = |account: u8, message: GroupMessage| world.service.send_message(known(account), message);
     assert_eq!(send(1, message(1, 0)).await.map_err(|e| e.code()), Err(Code::NotFound));
     world.store.put(20, 10, &[1]);

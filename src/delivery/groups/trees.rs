@@ -54,10 +54,8 @@ impl Trees {
             if let Some(info) = self.cache.get(&(group, head.epoch)) {
                 return Ok(info);
             }
-            let (Some(group_info), Some((epoch, saved))) = (store.group_info(group).await?, store.group_snapshot(group).await?) else {
-                continue;
-            };
-            if epoch == head.snapshot_epoch
+            let saved = store.group_snapshot(group, head.snapshot_epoch).await?;
+            if let (Some(group_info), Some(saved)) = (store.group_info(group).await?, saved)
                 && let Some(info) = restore(store, random, (group, head.snapshot_at), saved, group_info).await?
             {
                 self.cache.insert((group, info.epoch), info.clone());

@@ -29,6 +29,7 @@ use crate::store::StoreError;
 
 mod delivery;
 mod directory;
+mod groups;
 mod keys;
 mod migrate;
 mod options;
