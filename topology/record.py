@@ -53,17 +53,21 @@ def partition(account, count):
 
 
 def pauses(record, changes):
-    """The longest delivery in each change, apart by whether its partition moved; what was due a moment before counts as well."""
+    """The longest delivery in each change, apart by whether its partition moved, and in the seconds before it; what was due a moment
+    before the change counts to it."""
     found = []
-    for what, begin, end, before, after in changes:
+    for what, begin, end, before, after, of_each in changes:
         stay = {one for one, owner in before.items() if owner and owner == after.get(one)}
-        longest = {True: 0.0, False: 0.0}
+        longest = {True: 0.0, False: 0.0, "before": 0.0}
         of = {}
         for kind, due, took, account in rows(record):
+            if kind == "d" and begin - 5 <= due < begin - 0.5:
+                longest["before"] = max(longest["before"], took)
             if kind == "d" and begin - 0.5 <= due < end:
                 if account not in of:
                     of[account] = partition(account, len(before)) in stay
                 longest[of[account]] = max(longest[of[account]], took)
-        found.append({"what": what, "stayed": len(stay), "moved": len(before) - len(stay),
-                      "longest_stayed_s": round(longest[True], 3), "longest_moved_s": round(longest[False], 3)})
+        found.append({"what": what, "stayed": len(stay), "moved": len(before) - len(stay), "of_each": of_each,
+                      "longest_stayed_s": round(longest[True], 3), "longest_moved_s": round(longest[False], 3),
+                      "longest_before_s": round(longest["before"], 3)})
     return found
