@@ -13,10 +13,10 @@ use super::engine::{Inner, Running, WorkError};
 use super::store::{self, Store};
 use super::transport::{HttpTransport, InvalidServer, PrivateCa};
 use super::types::{Connection, Conversation, ConversationId, Event, Live, Message, Recipient, SafetyNumber, SyncStatus};
-pub use groups::Invited;
 use crate::clock::{Clock, Random, SystemClock, SystemRandom};
 use crate::ids::{AccountId, DeviceAddr, DeviceId, Identity, InvalidId};
 use crate::wire::stream::Code;
+pub use groups::Invited;
 
 /// Events read at once.
 const EVENTS_PER_READ: usize = 256;
@@ -215,6 +215,14 @@ impl Client {
     /// The identities linked to this account, as last heard.
     pub async fn identities(&self) -> Result<Vec<Identity>, Error> {
         Ok(self.inner.store.run(|db| db.own_identities()).await?)
+    }
+
+    /// The identities of an account that the directory has confirmed.
+    pub async fn identities_of(&self, account: AccountId) -> Result<Vec<Identity>, Error> {
+        if account == self.account() {
+            return self.identities().await;
+        }
+        Ok(self.inner.store.run(move |db| db.identities_of(account)).await?)
     }
 
     /// Chooses the identity that recipients see; else it is the first one.

@@ -136,11 +136,12 @@ impl Inner {
                 Ok(Verdict::Unknown)
             }
             Err(error) if error.code() == Some(Code::Conflict) && matches!(pending.what, Submission::Proposal(_)) => {
-                self.store.run(move |db| {
-                    db.drop_pending(group)?;
-                    db.overtaken(group)
-                })
-                .await?;
+                self.store
+                    .run(move |db| {
+                        db.drop_pending(group)?;
+                        db.overtaken(group)
+                    })
+                    .await?;
                 Ok(Verdict::Conflict)
             }
             // Nothing is known, or it is to be said again later: the same bytes.

@@ -341,9 +341,7 @@ impl Session<'_> {
     /// Messages that wait for sessions, identities that somebody claims, and groups with something to do are work.
     async fn look_for_work(&mut self) -> Result<(), End> {
         self.looked = Instant::now();
-        let found = self.inner.store.run(|db| {
-            Ok((db.waiting()?, db.claims(WORK)?, db.groups_with_tasks()?, db.groups_to_follow()?))
-        });
+        let found = self.inner.store.run(|db| Ok((db.waiting()?, db.claims(WORK)?, db.groups_with_tasks()?, db.groups_to_follow()?)));
         let (waiting, claims, groups, follow) = found.await.map_err(|error| self.lost(error))?;
         self.follow(follow)?;
         let work = waiting.into_iter().map(Work::Repair).chain(claims.into_iter().map(Work::Resolve));
@@ -358,8 +356,11 @@ impl Session<'_> {
 
     /// Asks for the items of groups that the stream does not carry yet, as far as the socket takes it; a later look goes on.
     fn follow(&mut self, groups: Vec<GroupId>) -> Result<(), End> {
-        let wanted: Vec<GroupId> =
-            groups.into_iter().filter(|group| !self.followed.contains(group)).take(limits::GROUPS_PER_ACCOUNT - self.followed.len()).collect();
+        let wanted: Vec<GroupId> = groups
+            .into_iter()
+            .filter(|group| !self.followed.contains(group))
+            .take(limits::GROUPS_PER_ACCOUNT - self.followed.len())
+            .collect();
         for chunk in wanted.chunks(FRAMES_PER_MESSAGE) {
             let frame = |group: &GroupId| {
                 let follow = GroupFollow { group_id: bytes::Bytes::copy_from_slice(group.as_bytes()), stop: false };

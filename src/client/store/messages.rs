@@ -14,8 +14,7 @@ const EARLY: i64 = 1_000;
 /// Reactions kept for one message.
 const REACTIONS: i64 = 1_000;
 
-const COLUMNS: &str =
-    "id, conversation, author, message_id, sent_ms, body, reply_author, reply_id, edited_ms, status, failure, expires_ms, unread, group_seq";
+const COLUMNS: &str = "id, conversation, author, message_id, sent_ms, body, reply_author, reply_id, edited_ms, status, failure, expires_ms, unread, group_seq";
 
 impl Db {
     /// Sends something to an account: applied here, and put on its way.
@@ -179,7 +178,13 @@ impl Db {
         self.tell(&Event::Deleted { conversation, author, message_id })
     }
 
-    fn apply_reaction(&self, conversation: ConversationId, by: AccountId, content: &Content, reaction: &proto::Reaction) -> Result<(), Error> {
+    fn apply_reaction(
+        &self,
+        conversation: ConversationId,
+        by: AccountId,
+        content: &Content,
+        reaction: &proto::Reaction,
+    ) -> Result<(), Error> {
         let Some(target) = &reaction.target else { return Ok(()) };
         let (author, message_id) = (content::account(&target.author)?, content::id(&target.message_id)?);
         let Some(message) = self.in_conversation(conversation, author, message_id)? else {
@@ -314,7 +319,12 @@ impl Db {
     }
 
     /// A part of a conversation's history: up to `limit` messages before a position, oldest first.
-    pub(in crate::client) fn history(&self, conversation: impl Into<ConversationId>, before: u64, limit: usize) -> Result<Vec<Message>, Error> {
+    pub(in crate::client) fn history(
+        &self,
+        conversation: impl Into<ConversationId>,
+        before: u64,
+        limit: usize,
+    ) -> Result<Vec<Message>, Error> {
         let conversation = conversation.into();
         let query = format!("SELECT {COLUMNS} FROM messages WHERE conversation = ?1 AND id < ?2 ORDER BY id DESC LIMIT ?3");
         let own = self.own()?.account;

@@ -29,8 +29,8 @@ use rusqlite::Connection;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 use super::core::content::Invalid;
-use super::core::state::{StateTx, StorageError};
 use super::core::groups::Group;
+use super::core::state::{StateTx, StorageError};
 use super::core::{groups as mls_groups, keys, signal};
 use crate::clock::{Clock, Random, UnixMillis};
 use crate::ids::GroupId;

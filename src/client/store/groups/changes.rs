@@ -107,8 +107,9 @@ impl Db {
 
     /// What waits for its verdict.
     pub(in crate::client) fn pending(&self, id: GroupId) -> Result<Option<Pending>, Error> {
-        let mut select =
-            self.connection.prepare_cached("SELECT kind, epoch, message, welcome, group_info, verdict FROM group_pending WHERE mls_group = ?1")?;
+        let mut select = self
+            .connection
+            .prepare_cached("SELECT kind, epoch, message, welcome, group_info, verdict FROM group_pending WHERE mls_group = ?1")?;
         let pending = select.query_row([id], |row| {
             let (kind, epoch, message): (i64, i64, Vec<u8>) = (row.get(0)?, row.get(1)?, row.get(2)?);
             let (welcome, group_info) = (row.get(3)?, row.get::<_, Option<Vec<u8>>>(4)?.unwrap_or_default());
@@ -171,14 +172,7 @@ impl Db {
             group.change(engine, &change, now).map(Some)
         })??;
         let Some(outgoing) = prepared else { return Ok(false) };
-        self.keep_pending(
-            id,
-            COMMIT,
-            outgoing.epoch,
-            &outgoing.commit,
-            outgoing.welcome.as_deref(),
-            Some(&outgoing.group_info),
-        )?;
+        self.keep_pending(id, COMMIT, outgoing.epoch, &outgoing.commit, outgoing.welcome.as_deref(), Some(&outgoing.group_info))?;
         Ok(true)
     }
 
@@ -320,10 +314,7 @@ impl Db {
             return Err(groups::Error::NotMember.into());
         }
         self.connection.execute("UPDATE groups SET leaving = 1 WHERE id = ?1", [id])?;
-        self.connection.execute(
-            "UPDATE messages SET unread = 0 WHERE conversation = ?1 AND unread = 1",
-            [ConversationId::Group(id)],
-        )?;
+        self.connection.execute("UPDATE messages SET unread = 0 WHERE conversation = ?1 AND unread = 1", [ConversationId::Group(id)])?;
         let own = self.own()?;
         let others = self.roster(id)?.leaves.into_values().filter(|leaf| leaf.account == own.account && *leaf != own);
         Ok(Intent { remove_devices: others.collect(), ..Intent::default() })

@@ -79,13 +79,7 @@ impl Db {
             return Ok(());
         }
         let mut insert = self.connection.prepare_cached("INSERT OR REPLACE INTO group_invitations VALUES (?1, ?2, ?3, ?4, ?5)")?;
-        insert.execute(params![
-            id,
-            sql::int(invitation.epoch),
-            sql::int(invitation.seq),
-            by.account,
-            invitation.welcome.as_ref()
-        ])?;
+        insert.execute(params![id, sql::int(invitation.epoch), sql::int(invitation.seq), by.account, invitation.welcome.as_ref()])?;
         self.mark(|changed| changed.outgoing = true);
         Ok(())
     }

@@ -38,7 +38,8 @@ impl Db {
         let highest = (first + count as u64 - u64::from(count > 0)).max(last);
         sql::set_meta_number(&self.connection, LAST_ID, highest)?;
         let number = |at: usize| u32::try_from(first + at as u64).map_err(|_| Error::Damaged("no key numbers are left".into()));
-        let numbered = packages.into_iter().enumerate().map(|(at, bytes)| Ok(NumberedPackage { id: number(at)?, key_package: bytes.into() }));
+        let numbered =
+            packages.into_iter().enumerate().map(|(at, bytes)| Ok(NumberedPackage { id: number(at)?, key_package: bytes.into() }));
         Ok(Some(UploadKeyPackages { key_packages: numbered.collect::<Result<_, Error>>()?, last_resort: last_resort.map(Into::into) }))
     }
 

@@ -259,8 +259,7 @@ impl Db {
         let mut groups = Vec::with_capacity(rows.len());
         for (row, muted, expire_s) in rows {
             let conversation = ConversationId::Group(row.id);
-            let mut count =
-                self.connection.prepare_cached("SELECT count(*) FROM messages WHERE conversation = ?1 AND unread = 1")?;
+            let mut count = self.connection.prepare_cached("SELECT count(*) FROM messages WHERE conversation = ?1 AND unread = 1")?;
             groups.push(GroupSummary {
                 group: row.id,
                 name: row.name,

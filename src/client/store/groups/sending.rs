@@ -157,9 +157,9 @@ impl Db {
             // Its epoch is too long over: once this device has what came since, it is encrypted again under the same number, so that it is
             // there once even if an earlier attempt was accepted.
             let due = self.now().plus(repair::backoff(attempts, &*self.random));
-            let mut update = self.connection.prepare_cached(
-                "UPDATE group_outgoing SET ciphertext = NULL, attempts = attempts + 1, not_before_ms = ?2 WHERE id = ?1",
-            )?;
+            let mut update = self
+                .connection
+                .prepare_cached("UPDATE group_outgoing SET ciphertext = NULL, attempts = attempts + 1, not_before_ms = ?2 WHERE id = ?1")?;
             update.execute(params![row, sql::int(due.0)])?;
             self.group_behind(group)?;
             return Ok(Next::RetryIn(0));
@@ -169,8 +169,9 @@ impl Db {
             Next::Accepted => self.group_accepted(group, ClientMessageId(sql::uint(id)), None)?,
             Next::RetryIn(wait) => {
                 let due = self.now().plus(*wait);
-                let mut update =
-                    self.connection.prepare_cached("UPDATE group_outgoing SET attempts = attempts + 1, not_before_ms = ?2 WHERE id = ?1")?;
+                let mut update = self
+                    .connection
+                    .prepare_cached("UPDATE group_outgoing SET attempts = attempts + 1, not_before_ms = ?2 WHERE id = ?1")?;
                 update.execute(params![row, sql::int(due.0)])?;
             }
             Next::NewId => {
@@ -197,8 +198,9 @@ impl Db {
 
     /// A message of this device is in the group: the server said so, or it was met there.
     pub(super) fn group_accepted(&self, group: GroupId, id: ClientMessageId, seq: Option<u64>) -> Result<(), Error> {
-        let mut select =
-            self.connection.prepare_cached("SELECT id, content, tick FROM group_outgoing WHERE mls_group = ?1 AND client_message_id = ?2")?;
+        let mut select = self
+            .connection
+            .prepare_cached("SELECT id, content, tick FROM group_outgoing WHERE mls_group = ?1 AND client_message_id = ?2")?;
         let found = select.query_row(params![group, sql::int(id.0)], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?))).optional()?;
         let Some((row, content, tick)): Option<(i64, Vec<u8>, bool)> = found else {
             return seq.map_or(Ok(()), |seq| self.place_own(group, id, seq));
@@ -213,9 +215,9 @@ impl Db {
             Some(seq) => self.set_group_seq(own, message, seq)?,
             // Its place is told when it is met; until then it is known by its number.
             None => {
-                let mut insert = self.connection.prepare_cached(
-                    "UPDATE messages SET group_seq = -?3 WHERE author = ?1 AND message_id = ?2 AND group_seq IS NULL",
-                )?;
+                let mut insert = self
+                    .connection
+                    .prepare_cached("UPDATE messages SET group_seq = -?3 WHERE author = ?1 AND message_id = ?2 AND group_seq IS NULL")?;
                 insert.execute(params![own, message, sql::int(id.0)])?;
             }
         }
@@ -283,9 +285,9 @@ impl Db {
     pub(super) fn group_read(&self, group: GroupId, account: AccountId, seq: u64) -> Result<(), Error> {
         let (own, conversation) = (self.own()?.account, ConversationId::Group(group));
         if account == own {
-            let mut select = self.connection.prepare_cached(
-                "SELECT message_id FROM messages WHERE conversation = ?1 AND unread = 1 AND group_seq BETWEEN 1 AND ?2",
-            )?;
+            let mut select = self
+                .connection
+                .prepare_cached("SELECT message_id FROM messages WHERE conversation = ?1 AND unread = 1 AND group_seq BETWEEN 1 AND ?2")?;
             let rows = select.query_map(params![conversation, sql::int(seq)], |row| row.get(0))?;
             let read: Vec<MessageId> = rows.collect::<rusqlite::Result<_>>()?;
             for message in &read {
@@ -293,9 +295,9 @@ impl Db {
             }
             return if read.is_empty() { Ok(()) } else { self.tell(&Event::ReadElsewhere { conversation }) };
         }
-        let mut upsert = self.connection.prepare_cached(
-            "INSERT INTO group_reads VALUES (?1, ?2, ?3) ON CONFLICT DO UPDATE SET seq = ?3 WHERE seq < ?3",
-        )?;
+        let mut upsert = self
+            .connection
+            .prepare_cached("INSERT INTO group_reads VALUES (?1, ?2, ?3) ON CONFLICT DO UPDATE SET seq = ?3 WHERE seq < ?3")?;
         if upsert.execute(params![group, account, sql::int(seq)])? == 0 {
             return Ok(());
         }
