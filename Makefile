@@ -1,6 +1,9 @@
 # `make demo` shows it, `make test` proves it. On Debian and Ubuntu both install what is missing and say so.
 
 CARGO ?= cargo
+# Tests that run on both profiles from one source; the first run of them, by `make unit`, is on the embedded one.
+ON_BOTH := delivery client_e2e client_repair client_kill kill_audit canary isolation http_accounts http_edge http_key_packages http_keys \
+	http_messages http_realms http_stream draining timers private_ca dashboards tracing
 # Seconds for each fuzz target of `make fuzz`.
 FUZZ_SECONDS ?= 20
 # Kafka brokers of `make test-cluster`: 1, or 3 with replication 3 and at least 2 in sync.
@@ -44,13 +47,13 @@ unit: tools
 
 # Compiled first, so that the servers do not wait; brought down whatever happens.
 test-cluster: tools
-	$(CARGO) test --all-features --test 'cluster_*' --test delivery --test client_e2e --test client_repair --test dashboards --test tracing --no-run
+	$(CARGO) test --all-features --test 'cluster_*' $(ON_BOTH:%=--test %) --no-run
 	@dir=$$(mktemp -d "$${TMPDIR:-/tmp}/sealpost-cluster.XXXXXX"); \
 	trap 'topology/local down --dir "$$dir/secure"; topology/local down --dir "$$dir" && rm -rf "$$dir"' EXIT; trap 'exit 130' INT TERM; \
 	topology/local up --dir "$$dir" --brokers $(BROKERS) --only kafka,cassandra && \
 	servers=$$(topology/local env --dir "$$dir") && \
 	env $$servers $(CARGO) test --all-features --test 'cluster_*' -- --test-threads=1 --nocapture && \
-	env $$servers SEALPOST_TEST_PROFILE=cluster $(CARGO) test --all-features --test delivery --test client_e2e --test client_repair --test dashboards --test tracing -- --test-threads=2 && \
+	env $$servers SEALPOST_TEST_PROFILE=cluster SEALPOST_TEST_KILL_ROUNDS=5 $(CARGO) test --all-features $(ON_BOTH:%=--test %) -- --test-threads=3 && \
 	topology/local down --dir "$$dir" && \
 	topology/local up --dir "$$dir/secure" --only kafka,cassandra --secure && \
 	env $$(topology/local env --dir "$$dir/secure") $(CARGO) test --all-features --test cluster_secure -- --test-threads=1 --nocapture

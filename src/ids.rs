@@ -218,9 +218,20 @@ impl Partition {
     /// key over the 16 bytes of the id, modulo the number of partitions.
     #[cfg(feature = "server")]
     pub fn of(account: &AccountId, partitions: u16) -> Self {
+        Self::hashed(account.as_bytes(), partitions)
+    }
+
+    /// The partition of a group, by the same hash over its id.
+    #[cfg(feature = "server")]
+    pub fn of_group(group: &GroupId, partitions: u16) -> Self {
+        Self::hashed(group.as_bytes(), partitions)
+    }
+
+    #[cfg(feature = "server")]
+    fn hashed(id: &[u8; 16], partitions: u16) -> Self {
         use std::hash::Hasher as _;
         let mut hasher = siphasher::sip::SipHasher13::new();
-        hasher.write(account.as_bytes());
+        hasher.write(id);
         Self((hasher.finish() % u64::from(partitions.max(1))) as u16)
     }
 }

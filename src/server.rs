@@ -22,6 +22,7 @@ use crate::auth::jwks::JwksError;
 use crate::auth::realm::Realms;
 use crate::clock::{Clock, Random, SystemClock, SystemRandom};
 use crate::config::{Config, ConfigError};
+use crate::delivery::groups::GroupService;
 use crate::delivery::hub::Hub;
 use crate::delivery::inbox::Inboxes;
 use crate::delivery::sending::Acceptor;
@@ -40,6 +41,7 @@ use crate::projector::push::{Push, PushBus};
 use crate::projector::push_topic::{self, PushTarget, PushTopic};
 use crate::projector::worker::{Pace, Parts as WorkerParts, Positions, Progress, WorkerError};
 use crate::store::embedded::OpenError as StoreOpenError;
+use crate::store::groups::GroupStore;
 use crate::store::metered::Metered;
 #[cfg(feature = "cluster")]
 use crate::store::mirrored::Mirrored;
@@ -91,6 +93,7 @@ struct Backends {
     log: Arc<dyn EventLog>,
     delivery: Arc<dyn DeliveryStore>,
     directory: Arc<dyn DirectoryStore>,
+    groups: Arc<dyn GroupStore>,
     keys: Arc<dyn KeyStore>,
     /// What the projector keeps: the same, unless it keeps two.
     view: View,
@@ -104,26 +107,29 @@ struct Backends {
 struct View {
     delivery: Arc<dyn DeliveryStore>,
     directory: Arc<dyn DirectoryStore>,
+    groups: Arc<dyn GroupStore>,
     /// The single ones, where it keeps two.
     each: Vec<Positions>,
 }
 
 impl View {
-    fn one<S: DeliveryStore + DirectoryStore>(store: Arc<S>) -> Self {
-        Self { delivery: store.clone(), directory: store, each: Vec::new() }
+    fn one<S: DeliveryStore + DirectoryStore + GroupStore>(store: Arc<S>) -> Self {
+        Self { delivery: store.clone(), directory: store.clone(), groups: store, each: Vec::new() }
     }
 
     #[cfg(feature = "cluster")]
-    fn two<S: DeliveryStore + DirectoryStore>(views: [Arc<S>; 2], log: &Arc<dyn EventLog>) -> Self {
+    fn two<S: DeliveryStore + DirectoryStore + GroupStore>(views: [Arc<S>; 2], log: &Arc<dyn EventLog>) -> Self {
         let each = views.iter().map(|view| Positions { delivery: view.clone(), directory: view.clone() }).collect();
-        let (layout, settled, directory) = (Arc::clone(log), Arc::clone(log), log.partitions(Topic::Directory));
+        let (layout, settled) = (Arc::clone(log), Arc::clone(log));
+        let (directory, groups) = (log.partitions(Topic::Directory), log.partitions(Topic::Groups));
         let both = Arc::new(Mirrored::new(
             views,
             Box::new(move |account| layout.layout().partitions_for(account)),
             move |partition| settled.layout().is_drained(partition),
             Box::new(move |account| vec![Partition::of(account, directory)]),
+            Box::new(move |group| vec![Partition::of_group(group, groups)]),
         ));
-        Self { delivery: both.clone(), directory: both, each }
+        Self { delivery: both.clone(), directory: both.clone(), groups: both, each }
     }
 }
 
@@ -138,18 +144,20 @@ impl Backends {
         let opened = tokio::task::spawn_blocking(move || embedded::open(&opening, false, log)).await;
         let embedded::Opened { log, store } = opened.map_err(|error| ServerError(error.to_string()))??;
         let view = View::one(store.clone());
-        let (delivery, directory, keys) = (store.clone() as _, store.clone() as _, store as _);
-        Ok(Self { log, delivery, directory, keys, view, pushes: None, tasks: Vec::new() }.metered())
+        let (delivery, directory, groups, keys) = (store.clone() as _, store.clone() as _, store.clone() as _, store as _);
+        Ok(Self { log, delivery, directory, groups, keys, view, pushes: None, tasks: Vec::new() }.metered())
     }
 
     fn metered(self) -> Self {
         Self {
             delivery: Arc::new(Metered::new(self.delivery)),
             directory: Arc::new(Metered::new(self.directory)),
+            groups: Arc::new(Metered::new(self.groups)),
             keys: Arc::new(Metered::new(self.keys)),
             view: View {
                 delivery: Arc::new(Metered::new(self.view.delivery)),
                 directory: Arc::new(Metered::new(self.view.directory)),
+                groups: Arc::new(Metered::new(self.view.groups)),
                 each: self.view.each,
             },
             ..self
@@ -227,12 +235,22 @@ impl Edge {
             Arc::clone(&random),
             config.rates().messages_per_device_per_s,
         ));
+        let groups = Arc::new(GroupService::new(crate::delivery::groups::Parts {
+            log: Arc::clone(&backends.log),
+            store: Arc::clone(&backends.groups),
+            clock: Arc::clone(&clock),
+            random: Arc::clone(&random),
+            edge,
+            messages_per_s: config.rates().messages_per_device_per_s,
+            changes_per_min: config.rates().group_changes_per_device_per_min,
+        }));
         let hub = Arc::new(Hub::new(
             edge,
             Arc::clone(&backends.log),
             Arc::clone(&backends.delivery),
             Arc::clone(&directory),
             Arc::clone(&acceptor),
+            groups,
             Arc::clone(&random),
             Duration::from_millis(if config.is_cluster() { limits::CLUSTER_ACK_DELAY_MS } else { limits::ACK_DELAY_MS }),
         ));
@@ -253,6 +271,7 @@ impl Edge {
             sending: self.acceptor,
             inbox: Arc::new(Inboxes(Arc::clone(&self.hub))),
             hub: self.hub,
+            group_sender: None,
             operations,
         })
     }
@@ -349,6 +368,7 @@ impl Broker {
             Some(edge) => {
                 let (hub, realms) = (Arc::clone(&edge.hub), Arc::clone(&edge.realms));
                 tasks.push(tokio::spawn(Arc::clone(&hub).run_acks(edge_stops.clone())));
+                tasks.push(tokio::spawn(Arc::clone(&hub.groups).run(edge_stops.clone())));
                 tasks.push(tokio::spawn(hub.run_heartbeat(edge_stops)));
                 let until = drain.clone();
                 tasks.push(tokio::spawn(async move { realms.keep_fresh(until).await }));

@@ -362,7 +362,7 @@ async fn long_journals_reopen() {
     drop(store);
     let store = open(dir.path());
     let sections = store.dump_view().await.expect("reads").sections;
-    assert_eq!(sections.iter().map(|section| section.rows).collect::<Vec<_>>(), [79 * 20, 20, 0, 1, 0, 0, 0]);
+    assert_eq!(sections.iter().map(|section| section.rows).collect::<Vec<_>>(), [79 * 20, 20, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
     fill(&store, 80, 160).await;
     drop(store);
     let store = open(dir.path());

@@ -8,3 +8,4 @@ pub mod profile;
 pub mod public;
 pub mod rules;
 pub mod storage;
+pub mod welcome;

@@ -14,7 +14,7 @@ use super::crypto::{Crypto, SUITES};
 use super::rules::{self, Changes, Denied, Roster};
 use super::storage::{Backend, Error as StorageError, Kind, Storage};
 use crate::clock::Random;
-use crate::ids::GroupId;
+use crate::ids::{DeviceAddr, GroupId};
 use crate::limits;
 
 /// Why a message of a group is refused. Retrying never helps.
@@ -124,6 +124,14 @@ pub struct Checked {
     pub changes: Changes,
     /// The group after it.
     pub after: Roster,
+    /// The KeyPackageRef (RFC 9420, section 5.2) that each added device is invited with, in the order of `changes.added`.
+    pub invited: Vec<(DeviceAddr, Vec<u8>)>,
+}
+
+/// The group that a GroupInfo (an MLSMessage) speaks of. Nothing about it is verified.
+pub fn group_of(group_info: &[u8]) -> Result<GroupId, Refused> {
+    let MlsMessageBodyIn::GroupInfo(info) = body(group_info)? else { return Err(Refused::invalid("not a GroupInfo")) };
+    GroupId::from_slice(info.group_id().as_slice()).map_err(Refused::invalid)
 }
 
 impl Public {
@@ -175,7 +183,13 @@ impl Public {
         let (sender, content) = self.process(commit, random)?;
         let ProcessedMessageContent::StagedCommitMessage(commit) = content else { return Err(Refused::invalid("not a commit")) };
         let (changes, after) = rules::check_commit(&self.group, &sender, &commit)?;
-        Ok(Checked { commit: *commit, changes, after })
+        let mut invited = Vec::with_capacity(changes.added.len());
+        let crypto = Crypto::new(random);
+        for (add, (_, device)) in commit.add_proposals().zip(&changes.added) {
+            let key_package_ref = add.add_proposal().key_package().hash_ref(&crypto).map_err(Refused::invalid)?;
+            invited.push((*device, key_package_ref.as_slice().to_vec()));
+        }
+        Ok(Checked { commit: *commit, changes, after, invited })
     }
 
     /// Goes on to the epoch that a commit begins.

@@ -69,6 +69,13 @@ pub struct GroupItem {
     pub content: Bytes,
 }
 
+impl GroupItem {
+    /// About how many bytes it costs to hold or to send.
+    pub fn cost(&self) -> usize {
+        64 + self.content.len()
+    }
+}
+
 /// What an item is; the numbers are those of `GroupItemKind` in `stream.proto`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, bincode::Encode, bincode::Decode)]
 #[repr(u8)]
@@ -87,12 +94,16 @@ pub enum GroupItemKind {
 
 /// What applying events of one partition of `groups` changes. A store that can't do all of it atomically writes in the order of the fields,
 /// the position last; each row counts as written at its group's `applied` (items and trees at their own seq), and of two writes of a row
-/// the one with the higher position stands.
+/// the one with the higher position stands. A drop or a closing beats a put at the same position or an earlier one.
+///
+/// So what a crash leaves half done is ahead of its head at most: the head says which snapshot to go on from, and it and all items behind
+/// it are there.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct GroupWrite {
     /// Items to add.
     pub items: Vec<(GroupId, GroupItem)>,
-    /// Public states to go on from (`mls::public::Public`, saved), the epoch of each, and the event.
+    /// Public states to go on from (`mls::public::Public`, saved), the epoch of each, and the event. Those of earlier epochs go, but not
+    /// before the head that names this one is written.
     pub snapshots: Vec<(GroupId, u64, Seq, Vec<u8>)>,
     /// Trees that joiners of an epoch need, and the event that began the epoch. Kept as long as items are.
     pub trees: Vec<(GroupId, u64, Seq, Vec<u8>)>,
@@ -104,10 +115,14 @@ pub struct GroupWrite {
     pub members: Vec<(AccountId, GroupId, Seq, bool)>,
     /// Dedupe marks of senders; each says itself which events it holds.
     pub marks: Vec<(GroupId, DeviceAddr, Mark)>,
-    /// Items up to and including the seq go: they expired.
+    /// Items up to and including the seq go, and the trees of epochs that began there: they expired. Commits behind a group's snapshot are
+    /// needed: whoever drops them has written a later snapshot.
     pub drop_to: Vec<(GroupId, Seq)>,
     /// Groups as they are now.
     pub heads: Vec<(GroupId, GroupHead)>,
+    /// Groups that were closed, and the event: snapshots, info, trees and marks go. The head stays for ever, so that the id is not used
+    /// again; roster and items stay as long as members may read them.
+    pub closed: Vec<(GroupId, Seq)>,
     /// The next record to apply.
     pub position: Option<(Partition, Offset)>,
 }
@@ -125,8 +140,8 @@ pub trait GroupStore: Send + Sync + 'static {
     async fn group_roster(&self, id: GroupId) -> Result<Option<GroupRoster>, StoreError>;
     /// The GroupInfo of its epoch.
     async fn group_info(&self, id: GroupId) -> Result<Option<Bytes>, StoreError>;
-    /// Its snapshot, with the snapshot's epoch.
-    async fn group_snapshot(&self, id: GroupId) -> Result<Option<(u64, Bytes)>, StoreError>;
+    /// Its snapshot of an epoch: the one that its head names is there.
+    async fn group_snapshot(&self, id: GroupId, epoch: u64) -> Result<Option<Bytes>, StoreError>;
     /// The tree of an epoch that somebody joined in.
     async fn group_tree(&self, id: GroupId, epoch: u64) -> Result<Option<Bytes>, StoreError>;
     /// Items behind a seq in order: at most `items_max`, and no more once `bytes_max` is reached (but at least one, if there is one).

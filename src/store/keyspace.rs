@@ -11,6 +11,14 @@
 //! | `accounts` | account 16 | `AccountRecord` | yes |
 //! | `identities` | `user@realm`, byte 0, account 16 | nothing | yes |
 //! | `device_keys` | account 16, device 1 | `DeviceKeys` | yes |
+//! | `group_heads` | group 16 | `GroupHead` | yes |
+//! | `group_rosters` | group 16 | `GroupRoster` | yes |
+//! | `group_infos` | group 16 | the bytes | yes |
+//! | `group_snapshots` | group 16, epoch 8 | the bytes | yes |
+//! | `group_trees` | group 16, epoch 8 | seq 8, little-endian, the bytes | yes |
+//! | `group_items` | group 16, seq 8 | a `GroupItem`, hand-laid (see [`encode_group_item`]) | yes |
+//! | `group_marks` | group 16, sender account 16, sender device 1 | [`Mark`] | yes |
+//! | `group_members` | account 16, group 16 | nothing | yes |
 //! | `one_time` | account 16, device 1, kind 1, id 4 | `OneTimeKey` | no |
 //! | `pools` | account 16, device 1, kind 1 | [`Pool`] | no |
 //! | `claims` | `user@realm` | account 16 | no |
@@ -21,11 +29,14 @@
 use bincode::{BorrowDecode, Encode};
 use bytes::Bytes;
 
-use super::groups::{GroupItem, GroupItemKind};
 use super::{InboxState, KeyKind, Mark, MarkKey, PendingBody, PendingEnvelope, PendingItem, StoreError};
 use crate::clock::UnixMillis;
 use crate::ids::{AccountId, ClientMessageId, DeviceAddr, DeviceId, Identity, Offset, Partition, Seq};
 use crate::wire::event::{self, ReceiptEntry};
+
+mod groups;
+
+pub use groups::*;
 
 /// The version byte before every value.
 pub const VERSION: u8 = event::VERSION;
@@ -249,47 +260,6 @@ pub fn pending_accepted(value: &[u8]) -> Result<Option<UnixMillis>, StoreError> 
     }
 }
 
-/// Version, kind, after, accepted, epoch, sender (zeros: the server), client message id.
-const GROUP_ITEM_HEADER: usize = 2 + 8 + 8 + 8 + 17 + 8;
-
-/// Appends a group item's value to a buffer: version 1, kind 1, after 8, accepted 8, epoch 8, sender account 16 and device 1 (all zero:
-/// the server), client message id 8 (numbers little-endian), then the content to the end.
-pub fn encode_group_item(item: &GroupItem, out: &mut Vec<u8>) {
-    out.reserve(GROUP_ITEM_HEADER + item.content.len());
-    out.extend_from_slice(&[VERSION, item.kind as u8]);
-    for number in [item.after.0, item.accepted.0, item.epoch] {
-        out.extend_from_slice(&number.to_le_bytes());
-    }
-    out.extend_from_slice(&item.sender.map_or([0; 17], device));
-    out.extend_from_slice(&item.client_message_id.0.to_le_bytes());
-    out.extend_from_slice(&item.content);
-}
-
-/// Reads what [`encode_group_item`] wrote; the content shares the buffer.
-pub fn decode_group_item(seq: Seq, value: Bytes) -> Result<GroupItem, StoreError> {
-    let header: &[u8; GROUP_ITEM_HEADER] =
-        value.get(..GROUP_ITEM_HEADER).and_then(|h| h.try_into().ok()).ok_or_else(|| corrupt("a group's item"))?;
-    let number = |at: usize| u64::from_le_bytes(std::array::from_fn(|i| header[at + i]));
-    let kind = match header[..2] {
-        [VERSION, 1] => GroupItemKind::Created,
-        [VERSION, 2] => GroupItemKind::Commit,
-        [VERSION, 3] => GroupItemKind::Proposal,
-        [VERSION, 4] => GroupItemKind::Message,
-        [VERSION, 5] => GroupItemKind::Closed,
-        _ => return Err(corrupt("a group's item")),
-    };
-    Ok(GroupItem {
-        seq,
-        after: Seq(number(2)),
-        accepted: UnixMillis(number(10)),
-        epoch: number(18),
-        sender: if header[26..43] == [0; 17] { None } else { Some(parse_device(&header[26..43])?) },
-        kind,
-        client_message_id: ClientMessageId(number(43)),
-        content: value.slice(GROUP_ITEM_HEADER..),
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -356,23 +326,6 @@ mod tests {
         }
 
         #[test]
-        fn group_items_round_trip(seq: u64, number: u64, by_server: bool, content: Vec<u8>) {
-            let item = GroupItem {
-                seq: Seq(seq),
-                after: Seq(number),
-                accepted: UnixMillis(number / 2),
-                epoch: number / 3,
-                sender: (!by_server).then(|| addr(7, 3)),
-                kind: GroupItemKind::Proposal,
-                client_message_id: ClientMessageId(number / 5),
-                content: content.into(),
-            };
-            let mut out = Vec::new();
-            encode_group_item(&item, &mut out);
-            prop_assert_eq!(decode_group_item(Seq(seq), out.into()).expect("well formed"), item);
-        }
-
-        #[test]
         fn arbitrary_bytes_never_panic(bytes: Vec<u8>) {
             let _ = pending_accepted(&bytes);
             let _ = parse_pending(&bytes);
@@ -380,7 +333,6 @@ mod tests {
             let _ = decode_offset(&bytes);
             let _ = decode_inbox(&bytes);
             let _ = decode::<Pool>(&bytes, "a pool");
-            let _ = decode_group_item(Seq(1), bytes.clone().into());
             let _ = decode_pending(Seq(1), bytes.into());
         }
     }

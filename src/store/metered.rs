@@ -4,16 +4,18 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use async_trait::async_trait;
+use bytes::Bytes;
 
 use crate::clock::UnixMillis;
-use crate::ids::{AccountId, DeviceAddr, Identity, Offset, Partition, Seq};
+use crate::ids::{AccountId, DeviceAddr, GroupId, Identity, Offset, Partition, Seq};
 use crate::metrics::{StoreCall, observe_store_call};
+use crate::store::groups::{GroupHead, GroupItem, GroupRoster, GroupStore, GroupWrite};
 use crate::store::{
     AccountRecord, DeliveryStore, DeliveryWrite, DeviceKeys, DirectoryStore, DirectoryWrite, InboxState, KeyKind, KeyStore, Mark, MarkKey,
     OneTimeKey, PendingItem, StoreError, seal,
 };
 
-/// A store of any of the three kinds, with a clock beside it.
+/// A store of any of the four kinds, with a clock beside it.
 #[derive(Debug)]
 pub struct Metered<S: ?Sized>(Arc<S>);
 
@@ -136,5 +138,52 @@ impl KeyStore for Metered<dyn KeyStore> {
 
     async fn destroy_seal_key(&self, account: AccountId) -> Result<(), StoreError> {
         timed(StoreCall::SealKey, self.0.destroy_seal_key(account)).await
+    }
+}
+
+#[async_trait]
+impl GroupStore for Metered<dyn GroupStore> {
+    async fn group_position(&self, partition: Partition) -> Result<Offset, StoreError> {
+        timed(StoreCall::Position, self.0.group_position(partition)).await
+    }
+
+    async fn write_groups(&self, write: GroupWrite) -> Result<(), StoreError> {
+        timed(StoreCall::WriteGroups, self.0.write_groups(write)).await
+    }
+
+    async fn group(&self, id: GroupId) -> Result<Option<GroupHead>, StoreError> {
+        timed(StoreCall::Group, self.0.group(id)).await
+    }
+
+    async fn group_roster(&self, id: GroupId) -> Result<Option<GroupRoster>, StoreError> {
+        timed(StoreCall::Group, self.0.group_roster(id)).await
+    }
+
+    async fn group_info(&self, id: GroupId) -> Result<Option<Bytes>, StoreError> {
+        timed(StoreCall::GroupState, self.0.group_info(id)).await
+    }
+
+    async fn group_snapshot(&self, id: GroupId, epoch: u64) -> Result<Option<Bytes>, StoreError> {
+        timed(StoreCall::GroupState, self.0.group_snapshot(id, epoch)).await
+    }
+
+    async fn group_tree(&self, id: GroupId, epoch: u64) -> Result<Option<Bytes>, StoreError> {
+        timed(StoreCall::GroupState, self.0.group_tree(id, epoch)).await
+    }
+
+    async fn group_items(&self, id: GroupId, after: Seq, items_max: usize, bytes_max: usize) -> Result<Vec<GroupItem>, StoreError> {
+        timed(StoreCall::GroupItems, self.0.group_items(id, after, items_max, bytes_max)).await
+    }
+
+    async fn group_marks(&self, id: GroupId, senders: Vec<DeviceAddr>) -> Result<Vec<Option<Mark>>, StoreError> {
+        timed(StoreCall::Group, self.0.group_marks(id, senders)).await
+    }
+
+    async fn groups_of(&self, account: AccountId, after: Option<GroupId>, max: usize) -> Result<Vec<GroupId>, StoreError> {
+        timed(StoreCall::GroupsOf, self.0.groups_of(account, after, max)).await
+    }
+
+    async fn groups_expired(&self, before: UnixMillis, after: Option<GroupId>, max: usize) -> Result<Vec<(GroupId, Seq)>, StoreError> {
+        timed(StoreCall::Expired, self.0.groups_expired(before, after, max)).await
     }
 }

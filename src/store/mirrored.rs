@@ -5,46 +5,49 @@
 //! later log positions (see [`DeliveryWrite`]). So it does not matter which of the two is behind, nor who wrote
 //! only one of them in between; each partition is made whole by its next owner.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use bytes::Bytes;
 use parking_lot::RwLock;
 
 use crate::clock::UnixMillis;
-use crate::ids::{AccountId, DeviceAddr, Identity, Offset, Partition, Seq};
+use crate::ids::{AccountId, DeviceAddr, GroupId, Identity, Offset, Partition, Seq};
+use crate::store::groups::{GroupHead, GroupItem, GroupRoster, GroupStore, GroupWrite};
 use crate::store::{
     AccountRecord, DeliveryStore, DeliveryWrite, DeviceKeys, DirectoryStore, DirectoryWrite, InboxState, Mark, MarkKey, PendingItem,
     StoreError,
 };
 
-/// Where the records of an account stand or stood in the log, the newest partition first.
-pub type PartitionsOf = Box<dyn Fn(&AccountId) -> Vec<Partition> + Send + Sync>;
+/// Where the records of an account (or a group) stand or stood in the log, the newest partition first.
+pub type PartitionsOf<K = AccountId> = Box<dyn Fn(&K) -> Vec<Partition> + Send + Sync>;
 
-/// See the module. `S` is a view, of both kinds.
+/// See the module. `S` is a view, of all kinds.
 pub struct Mirrored<S> {
     views: [Arc<S>; 2],
-    inbox: Behind,
-    directory: Behind,
+    inbox: Behind<AccountId>,
+    directory: Behind<AccountId>,
+    groups: Behind<GroupId>,
     /// Whether a partition of `inbox` is applied no more.
     is_over: Box<dyn Fn(Partition) -> bool + Send + Sync>,
 }
 
 /// For each partition the view that was behind when its position was asked for last: the one to read.
-struct Behind {
+struct Behind<K> {
     views: RwLock<HashMap<Partition, usize>>,
-    partitions_of: PartitionsOf,
+    partitions_of: PartitionsOf<K>,
 }
 
-impl Behind {
-    fn of(partitions_of: PartitionsOf) -> Self {
+impl<K> Behind<K> {
+    fn of(partitions_of: PartitionsOf<K>) -> Self {
         Self { views: RwLock::default(), partitions_of }
     }
 
     /// By the newest of its partitions that is kept here.
-    fn account(&self, account: &AccountId) -> usize {
+    fn view(&self, key: &K) -> usize {
         let views = self.views.read();
-        (self.partitions_of)(account).iter().find_map(|partition| views.get(partition).copied()).unwrap_or_default()
+        (self.partitions_of)(key).iter().find_map(|partition| views.get(partition).copied()).unwrap_or_default()
     }
 
     /// The lower position is the one that holds for both.
@@ -60,18 +63,24 @@ impl Behind {
 }
 
 impl<S> Mirrored<S> {
-    /// Of two views, with what the log says of its partitions of `inbox`, and those of `directory`.
+    /// Of two views, with what the log says of its partitions of `inbox`, and those of `directory` and of `groups`.
     pub fn new(
         views: [Arc<S>; 2],
         inbox: PartitionsOf,
         is_over: impl Fn(Partition) -> bool + Send + Sync + 'static,
         directory: PartitionsOf,
+        groups: PartitionsOf<GroupId>,
     ) -> Self {
-        Self { views, inbox: Behind::of(inbox), directory: Behind::of(directory), is_over: Box::new(is_over) }
+        let (inbox, directory, groups) = (Behind::of(inbox), Behind::of(directory), Behind::of(groups));
+        Self { views, inbox, directory, groups, is_over: Box::new(is_over) }
     }
 
     fn reads(&self, account: &AccountId) -> &S {
-        &self.views[self.inbox.account(account)]
+        &self.views[self.inbox.view(account)]
+    }
+
+    fn reads_group(&self, group: GroupId) -> &S {
+        &self.views[self.groups.view(&group)]
     }
 }
 
@@ -96,7 +105,7 @@ impl<S: DeliveryStore> DeliveryStore for Mirrored<S> {
     async fn inboxes(&self, devices: Vec<DeviceAddr>) -> Result<Vec<Option<InboxState>>, StoreError> {
         let mut answers = vec![None; devices.len()];
         for (number, view) in self.views.iter().enumerate() {
-            let mine: Vec<usize> = (0..devices.len()).filter(|&at| self.inbox.account(&devices[at].account) == number).collect();
+            let mine: Vec<usize> = (0..devices.len()).filter(|&at| self.inbox.view(&devices[at].account) == number).collect();
             if !mine.is_empty() {
                 let found = view.inboxes(mine.iter().map(|&at| devices[at]).collect()).await?;
                 mine.into_iter().zip(found).for_each(|(at, found)| answers[at] = found);
@@ -108,7 +117,7 @@ impl<S: DeliveryStore> DeliveryStore for Mirrored<S> {
     async fn marks(&self, keys: Vec<MarkKey>) -> Result<Vec<Option<Mark>>, StoreError> {
         let mut answers = vec![None; keys.len()];
         for (number, view) in self.views.iter().enumerate() {
-            let mine: Vec<usize> = (0..keys.len()).filter(|&at| self.inbox.account(&keys[at].recipient) == number).collect();
+            let mine: Vec<usize> = (0..keys.len()).filter(|&at| self.inbox.view(&keys[at].recipient) == number).collect();
             if !mine.is_empty() {
                 let found = view.marks(mine.iter().map(|&at| keys[at]).collect()).await?;
                 mine.into_iter().zip(found).for_each(|(at, found)| answers[at] = found);
@@ -155,7 +164,7 @@ impl<S: DirectoryStore> DirectoryStore for Mirrored<S> {
     }
 
     async fn account(&self, id: AccountId) -> Result<Option<AccountRecord>, StoreError> {
-        self.views[self.directory.account(&id)].account(id).await
+        self.views[self.directory.view(&id)].account(id).await
     }
 
     async fn identity(&self, identity: &Identity) -> Result<Option<AccountId>, StoreError> {
@@ -163,6 +172,60 @@ impl<S: DirectoryStore> DirectoryStore for Mirrored<S> {
     }
 
     async fn device_keys(&self, device: DeviceAddr) -> Result<Option<DeviceKeys>, StoreError> {
-        self.views[self.directory.account(&device.account)].device_keys(device).await
+        self.views[self.directory.view(&device.account)].device_keys(device).await
+    }
+}
+
+#[async_trait]
+impl<S: GroupStore> GroupStore for Mirrored<S> {
+    async fn group_position(&self, partition: Partition) -> Result<Offset, StoreError> {
+        let positions = [self.views[0].group_position(partition).await?, self.views[1].group_position(partition).await?];
+        Ok(self.groups.settle(partition, positions))
+    }
+
+    async fn write_groups(&self, write: GroupWrite) -> Result<(), StoreError> {
+        futures_util::try_join!(self.views[0].write_groups(write.clone()), self.views[1].write_groups(write)).map(drop)
+    }
+
+    async fn group(&self, id: GroupId) -> Result<Option<GroupHead>, StoreError> {
+        self.reads_group(id).group(id).await
+    }
+
+    async fn group_roster(&self, id: GroupId) -> Result<Option<GroupRoster>, StoreError> {
+        self.reads_group(id).group_roster(id).await
+    }
+
+    async fn group_info(&self, id: GroupId) -> Result<Option<Bytes>, StoreError> {
+        self.reads_group(id).group_info(id).await
+    }
+
+    async fn group_snapshot(&self, id: GroupId, epoch: u64) -> Result<Option<Bytes>, StoreError> {
+        self.reads_group(id).group_snapshot(id, epoch).await
+    }
+
+    async fn group_tree(&self, id: GroupId, epoch: u64) -> Result<Option<Bytes>, StoreError> {
+        self.reads_group(id).group_tree(id, epoch).await
+    }
+
+    async fn group_items(&self, id: GroupId, after: Seq, items_max: usize, bytes_max: usize) -> Result<Vec<GroupItem>, StoreError> {
+        self.reads_group(id).group_items(id, after, items_max, bytes_max).await
+    }
+
+    async fn group_marks(&self, id: GroupId, senders: Vec<DeviceAddr>) -> Result<Vec<Option<Mark>>, StoreError> {
+        self.reads_group(id).group_marks(id, senders).await
+    }
+
+    /// Of both views: whose groups an account's are is said by many partitions, each of which may be behind in another view. A group too many
+    /// does no harm.
+    async fn groups_of(&self, account: AccountId, after: Option<GroupId>, max: usize) -> Result<Vec<GroupId>, StoreError> {
+        let [first, second] = [self.views[0].groups_of(account, after, max), self.views[1].groups_of(account, after, max)];
+        let (first, second) = futures_util::try_join!(first, second)?;
+        let both: BTreeSet<GroupId> = first.into_iter().chain(second).collect();
+        Ok(both.into_iter().take(max).collect())
+    }
+
+    /// Of the first view: it is as whole as the other, and what it says is only a reason to look.
+    async fn groups_expired(&self, before: UnixMillis, after: Option<GroupId>, max: usize) -> Result<Vec<(GroupId, Seq)>, StoreError> {
+        self.views[0].groups_expired(before, after, max).await
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use fjall::Readable as _;
 use sha2::{Digest as _, Sha256};
 
-use super::{EmbeddedStore, blocking, unavailable};
+use super::{EmbeddedStore, blocking, groups, unavailable};
 use crate::store::StoreError;
 
 /// What the view holds, in short: the same for the same rows, however they came there.
@@ -48,6 +48,7 @@ impl EmbeddedStore {
                 ("identities", &view.identities),
                 ("device_keys", &view.device_keys),
             ];
+            let of_groups = groups::KEYSPACES.into_iter().zip(view.groups.all());
             let section = |(name, keyspace)| {
                 let (mut hasher, mut rows) = (Sha256::new(), 0);
                 for row in snapshot.iter(keyspace) {
@@ -60,7 +61,7 @@ impl EmbeddedStore {
                 }
                 Ok(SectionDump { name, rows, digest: hasher.finalize().into() })
             };
-            Ok(ViewDump { sections: keyspaces.into_iter().map(section).collect::<Result<_, StoreError>>()? })
+            Ok(ViewDump { sections: keyspaces.into_iter().chain(of_groups).map(section).collect::<Result<_, StoreError>>()? })
         })
         .await
     }

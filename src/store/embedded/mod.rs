@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! DIR/format       the version of the layout
-//! DIR/view/        an LSM tree: what is rebuilt from the log (DeliveryStore, DirectoryStore)
+//! DIR/view/        an LSM tree: what is rebuilt from the log (DeliveryStore, DirectoryStore, GroupStore)
 //! DIR/state/       an LSM tree: what is not (one-time prekeys, claims)
 //! DIR/seal.keys    fixed slots, overwritten in place: the accounts' at-rest keys
 //! ```
@@ -23,6 +23,7 @@ use super::StoreError;
 mod delivery;
 mod directory;
 mod dump;
+mod groups;
 mod keys;
 mod seal_file;
 mod view_thread;
@@ -125,6 +126,7 @@ struct View {
     accounts: Keyspace,
     identities: Keyspace,
     device_keys: Keyspace,
+    groups: groups::Groups,
 }
 
 /// Tuning of one keyspace. Nothing is compressed: ciphertexts and keys don't shrink.
@@ -151,6 +153,7 @@ impl View {
             accounts: small("accounts", 2 * MIB)?,
             identities: small("identities", MIB)?,
             device_keys: small("device_keys", 2 * MIB)?,
+            groups: groups::Groups::open(db, options)?,
         })
     }
 }
@@ -280,7 +283,7 @@ fn state_damaged(path: &Path, reason: String) -> OpenError {
 }
 
 fn drop_view(db: &Database) -> fjall::Result<()> {
-    for name in VIEW_KEYSPACES {
+    for name in VIEW_KEYSPACES.into_iter().chain(groups::KEYSPACES) {
         if db.keyspace_exists(name) {
             let keyspace = db.keyspace(name, KeyspaceCreateOptions::default)?;
             db.delete_keyspace(keyspace)?;
