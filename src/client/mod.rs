@@ -35,10 +35,13 @@ mod transport;
 mod types;
 
 #[cfg(feature = "client")]
-pub use sdk::{Client, Environment, Error, Events, IntoRecipient, dev_token, dev_token_with};
+pub use sdk::{Client, Environment, Error, Events, IntoRecipient, Invited, dev_token, dev_token_with};
 #[cfg(feature = "client")]
 pub use store::Error as StoreError;
 #[cfg(feature = "client")]
 pub use transport::{InvalidCa, PrivateCa};
 #[cfg(feature = "client")]
-pub use types::{Connection, Conversation, Event, Failure, Live, Message, Recipient, SafetyNumber, Status, SyncStatus, Trust};
+pub use types::{
+    Connection, Conversation, ConversationId, Event, Failure, GroupMember, GroupRole, GroupSummary, Live, Membership, Message, Recipient,
+    SafetyNumber, Status, SyncStatus, Trust,
+};

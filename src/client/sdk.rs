@@ -1,5 +1,7 @@
 //! The client as an application sees it.
 
+mod groups;
+
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -10,10 +12,11 @@ use super::core::content::{self, Invalid, Kind, MessageId, proto};
 use super::engine::{Inner, Running, WorkError};
 use super::store::{self, Store};
 use super::transport::{HttpTransport, InvalidServer, PrivateCa};
-use super::types::{Connection, Conversation, Event, Live, Message, Recipient, SafetyNumber, SyncStatus};
+use super::types::{Connection, Conversation, ConversationId, Event, Live, Message, Recipient, SafetyNumber, SyncStatus};
 use crate::clock::{Clock, Random, SystemClock, SystemRandom};
 use crate::ids::{AccountId, DeviceAddr, DeviceId, Identity, InvalidId};
 use crate::wire::stream::Code;
+pub use groups::Invited;
 
 /// Events read at once.
 const EVENTS_PER_READ: usize = 256;
@@ -152,7 +155,12 @@ impl Client {
                 db.credential()?.ok_or(store::Error::NoAccount)
             })
             .await?;
-        Ok(Self::over(Inner::new(store, http, credential, environment.clock, environment.random)))
+        let client = Self::over(Inner::new(store, http, credential, environment.clock, environment.random));
+        // So that it can be invited from now on; what does not work now is done as soon as it is started.
+        if let Err(error) = client.inner.maintain_key_packages().await {
+            tracing::info!(%error, "KeyPackages are published later");
+        }
+        Ok(client)
     }
 
     /// Opens the account in a database.
@@ -209,6 +217,14 @@ impl Client {
         Ok(self.inner.store.run(|db| db.own_identities()).await?)
     }
 
+    /// The identities of an account that the directory has confirmed.
+    pub async fn identities_of(&self, account: AccountId) -> Result<Vec<Identity>, Error> {
+        if account == self.account() {
+            return self.identities().await;
+        }
+        Ok(self.inner.store.run(move |db| db.identities_of(account)).await?)
+    }
+
     /// Chooses the identity that recipients see; else it is the first one.
     pub async fn write_as(&self, identity: &Identity) -> Result<(), Error> {
         let identity = identity.clone();
@@ -219,6 +235,7 @@ impl Client {
     pub async fn resolve(&self, recipient: impl IntoRecipient) -> Result<AccountId, Error> {
         match recipient.into_recipient()? {
             Recipient::Account(account) => Ok(account),
+            Recipient::Group(_) => Err(InvalidId("an account, not a group").into()),
             Recipient::Identity(identity) => {
                 let known = identity.clone();
                 if let Some(account) = self.inner.store.run(move |db| db.account_of(&known)).await? {
@@ -229,6 +246,14 @@ impl Client {
         }
     }
 
+    /// The conversation with somebody, or in a group.
+    pub async fn conversation(&self, with: impl IntoRecipient) -> Result<ConversationId, Error> {
+        match with.into_recipient()? {
+            Recipient::Group(group) => Ok(group.into()),
+            other => Ok(self.resolve(other).await?.into()),
+        }
+    }
+
     /// Sends a text. Returns once it is kept here; how far it comes is told by events.
     pub async fn send_text(&self, to: impl IntoRecipient, body: &str) -> Result<MessageId, Error> {
         self.send(to, content::text(body)).await
@@ -236,18 +261,27 @@ impl Client {
 
     /// Sends texts in this order, kept in one transaction: all or none.
     pub async fn send_texts(&self, to: impl IntoRecipient, bodies: &[String]) -> Result<Vec<MessageId>, Error> {
-        let (to, kinds): (AccountId, Vec<Kind>) = (self.resolve(to).await?, bodies.iter().map(|body| content::text(body)).collect());
-        Ok(self.inner.store.run(move |db| kinds.into_iter().map(|kind| db.send(to, kind, true)).collect()).await?)
+        let (to, kinds): (ConversationId, Vec<Kind>) =
+            (self.conversation(to).await?, bodies.iter().map(|body| content::text(body)).collect());
+        let send = move |db: &store::Db, kind| match to {
+            ConversationId::Account(to) => db.send(to, kind, true),
+            ConversationId::Group(to) => db.send_to_group(to, kind),
+        };
+        Ok(self.inner.store.run(move |db| kinds.into_iter().map(|kind| send(db, kind)).collect()).await?)
     }
 
     /// Sends anything that a content can be. Texts wake the recipient up; the rest waits until its devices come.
     pub async fn send(&self, to: impl IntoRecipient, kind: Kind) -> Result<MessageId, Error> {
-        let to = self.resolve(to).await?;
+        let to = self.conversation(to).await?;
         let urgent = matches!(kind, Kind::Text(_));
-        if matches!(kind, Kind::Sent(_) | Kind::Retry(_) | Kind::Read(_) | Kind::Typing(_)) {
+        if matches!(kind, Kind::Sent(_) | Kind::Retry(_) | Kind::Read(_) | Kind::GroupRead(_) | Kind::Typing(_)) {
             return Err(Invalid("this kind has a call of its own").into());
         }
-        Ok(self.inner.store.run(move |db| db.send(to, kind, urgent)).await?)
+        let send = move |db: &store::Db| match to {
+            ConversationId::Account(to) => db.send(to, kind, urgent),
+            ConversationId::Group(to) => db.send_to_group(to, kind),
+        };
+        Ok(self.inner.store.run(send).await?)
     }
 
     /// Answers a message with a text.
@@ -283,9 +317,9 @@ impl Client {
         self.send(conversation, Kind::ExpireTimer(proto::ExpireTimer { seconds })).await
     }
 
-    /// Tells those who are there that one types, or stopped. Lost without harm.
+    /// Tells those who are there that one types, or stopped. Lost without harm; groups are not told.
     pub async fn typing(&self, to: impl IntoRecipient, started: bool) -> Result<(), Error> {
-        let to = self.resolve(to).await?;
+        let ConversationId::Account(to) = self.conversation(to).await? else { return Ok(()) };
         if *self.inner.connection.borrow() != Connection::Live {
             return Ok(());
         }
@@ -295,12 +329,17 @@ impl Client {
     /// The person has read the conversation up to this position (see [`Message::position`]; `u64::MAX`: all of it). How many
     /// messages that were.
     pub async fn mark_read(&self, conversation: impl IntoRecipient, up_to: u64) -> Result<usize, Error> {
-        let conversation = self.resolve(conversation).await?;
-        Ok(self.inner.store.run(move |db| db.mark_read(conversation, up_to)).await?)
+        let conversation = self.conversation(conversation).await?;
+        let mark = move |db: &store::Db| match conversation {
+            ConversationId::Account(account) => db.mark_read(account, up_to),
+            ConversationId::Group(group) => db.mark_group_read(group, up_to),
+        };
+        Ok(self.inner.store.run(mark).await?)
     }
 
     /// Up to `limit` messages of a conversation before a position (`u64::MAX`: the newest), oldest first.
-    pub async fn history(&self, conversation: AccountId, before: u64, limit: usize) -> Result<Vec<Message>, Error> {
+    pub async fn history(&self, conversation: impl Into<ConversationId>, before: u64, limit: usize) -> Result<Vec<Message>, Error> {
+        let conversation = conversation.into();
         Ok(self.inner.store.run(move |db| db.history(conversation, before, limit)).await?)
     }
 
@@ -309,7 +348,7 @@ impl Client {
         Ok(self.inner.store.run(move |db| db.message(author, id)).await?)
     }
 
-    /// All conversations, the one with the newest message first.
+    /// All conversations with accounts, the one with the newest message first; groups: [`Self::groups`].
     pub async fn conversations(&self) -> Result<Vec<Conversation>, Error> {
         Ok(self.inner.store.run(|db| db.conversations()).await?)
     }
@@ -338,7 +377,7 @@ impl Client {
 
     /// How far this device is with its server.
     pub async fn sync_status(&self) -> Result<SyncStatus, Error> {
-        let unsent = self.inner.store.run(|db| db.unsent()).await?;
+        let unsent = self.inner.store.run(|db| Ok(db.unsent()? + db.unsent_to_groups()?)).await?;
         Ok(SyncStatus { connection: *self.inner.connection.borrow(), unsent, newest_event: *self.inner.store.events().borrow() })
     }
 

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::core::content::MessageId;
-use crate::ids::{AccountId, DeviceId, Identity, InvalidId};
+use crate::ids::{AccountId, DeviceId, GroupId, Identity, InvalidId};
 use crate::wire::stream::Code;
 
 /// Whom to send to.
@@ -13,6 +13,105 @@ pub enum Recipient {
     Account(AccountId),
     /// An identity; the directory says whose it is.
     Identity(Identity),
+    /// A group.
+    Group(GroupId),
+}
+
+/// A conversation: with one account, or in a group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
+pub enum ConversationId {
+    /// With an account (one's own: notes to oneself).
+    Account(AccountId),
+    /// In a group.
+    Group(GroupId),
+}
+
+impl ConversationId {
+    /// The account, if it is with one.
+    pub fn account(self) -> Option<AccountId> {
+        match self {
+            Self::Account(account) => Some(account),
+            Self::Group(_) => None,
+        }
+    }
+
+    /// The group, if it is in one.
+    pub fn group(self) -> Option<GroupId> {
+        match self {
+            Self::Group(group) => Some(group),
+            Self::Account(_) => None,
+        }
+    }
+}
+
+/// How a group's id is told from an account's, in text.
+const GROUP_PREFIX: &str = "group:";
+
+impl std::fmt::Display for ConversationId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Account(account) => account.fmt(f),
+            Self::Group(group) => write!(f, "{GROUP_PREFIX}{group}"),
+        }
+    }
+}
+
+impl std::str::FromStr for ConversationId {
+    type Err = InvalidId;
+    /// An account id (a UUID), or `group:` and a group id (a UUID).
+    fn from_str(text: &str) -> Result<Self, InvalidId> {
+        match text.strip_prefix(GROUP_PREFIX) {
+            Some(group) => group.parse().map(Self::Group),
+            None => text.parse().map(Self::Account),
+        }
+    }
+}
+
+impl From<ConversationId> for String {
+    fn from(conversation: ConversationId) -> Self {
+        conversation.to_string()
+    }
+}
+
+impl TryFrom<String> for ConversationId {
+    type Error = InvalidId;
+    fn try_from(text: String) -> Result<Self, InvalidId> {
+        text.parse()
+    }
+}
+
+impl From<AccountId> for ConversationId {
+    fn from(account: AccountId) -> Self {
+        Self::Account(account)
+    }
+}
+
+impl From<GroupId> for ConversationId {
+    fn from(group: GroupId) -> Self {
+        Self::Group(group)
+    }
+}
+
+impl PartialEq<AccountId> for ConversationId {
+    fn eq(&self, account: &AccountId) -> bool {
+        self.account() == Some(*account)
+    }
+}
+
+impl From<ConversationId> for Recipient {
+    fn from(conversation: ConversationId) -> Self {
+        match conversation {
+            ConversationId::Account(account) => Self::Account(account),
+            ConversationId::Group(group) => Self::Group(group),
+        }
+    }
+}
+
+impl From<GroupId> for Recipient {
+    fn from(group: GroupId) -> Self {
+        Self::Group(group)
+    }
 }
 
 impl From<AccountId> for Recipient {
@@ -29,9 +128,9 @@ impl From<Identity> for Recipient {
 
 impl std::str::FromStr for Recipient {
     type Err = InvalidId;
-    /// An account id (a UUID) or an identity (`user@realm`).
+    /// What a [`ConversationId`] is in text, or an identity (`user@realm`).
     fn from_str(text: &str) -> Result<Self, InvalidId> {
-        text.parse().map(Self::Account).or_else(|_| text.parse().map(Self::Identity))
+        text.parse::<ConversationId>().map(Self::from).or_else(|_| text.parse().map(Self::Identity))
     }
 }
 
@@ -67,11 +166,20 @@ pub enum Failure {
     Expired,
     /// The recipient's devices changed faster than the message could follow.
     DevicesKeepChanging,
+    /// This device is not in the group any more, or the group is closed.
+    NotMember,
     /// The server refused it for another reason.
     Refused,
 }
 
 impl Failure {
+    pub(crate) fn of_group(code: Code) -> Self {
+        match code {
+            Code::Forbidden | Code::NotFound => Self::NotMember,
+            other => Self::of(other),
+        }
+    }
+
     pub(crate) fn of(code: Code) -> Self {
         match code {
             Code::Blocked => Self::Blocked,
@@ -101,8 +209,8 @@ pub enum Trust {
 pub struct Message {
     /// Its place in this device's history; grows with arrival.
     pub position: u64,
-    /// The other account of the conversation (one's own, for notes to oneself).
-    pub conversation: AccountId,
+    /// The conversation.
+    pub conversation: ConversationId,
     /// Who wrote it.
     pub author: AccountId,
     /// Its id.
@@ -125,6 +233,72 @@ pub struct Message {
     pub reactions: Vec<(AccountId, String)>,
     /// When it will disappear, if it will and the time runs.
     pub expires_ms: Option<u64>,
+    /// Its position in its group, once it has one.
+    pub group_seq: Option<u64>,
+}
+
+/// What an account may do in a group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum GroupRole {
+    /// Write, and leave.
+    Member,
+    /// Add and remove members, and rename.
+    Admin,
+    /// All of it: appoint admins, pass ownership on, close the group.
+    Owner,
+}
+
+/// How this device stands to a group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Membership {
+    /// Being created: the server has not answered.
+    Creating,
+    /// In it.
+    Member,
+    /// In it, but out of touch: joining again.
+    Rejoining,
+    /// Not, or no longer.
+    Left,
+    /// It is closed.
+    Closed,
+}
+
+/// A group, for a list.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GroupSummary {
+    /// Its id.
+    pub group: GroupId,
+    /// Its name; `None` while this device has not been told its key.
+    pub name: Option<String>,
+    /// See [`Membership`].
+    pub membership: Membership,
+    /// The epoch of its keys.
+    pub epoch: u64,
+    /// How many accounts are in it.
+    pub accounts: usize,
+    /// Nobody is to be woken up for its messages.
+    pub muted: bool,
+    /// Texts sent now disappear after this many seconds; 0: they stay.
+    pub expire_s: u32,
+    /// Messages not read yet.
+    pub unread: u64,
+    /// The newest message.
+    pub last: Option<Message>,
+}
+
+/// An account in a group.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GroupMember {
+    /// The account.
+    pub account: AccountId,
+    /// Its identities that the directory has confirmed.
+    pub identities: Vec<Identity>,
+    /// Its role.
+    pub role: GroupRole,
+    /// Its devices that are in the group.
+    pub devices: Vec<DeviceId>,
 }
 
 /// A conversation with one account.
@@ -165,7 +339,7 @@ pub enum Event {
     /// A message arrived, or another device of one's own sent one.
     Message {
         /// The conversation.
-        conversation: AccountId,
+        conversation: ConversationId,
         /// Who wrote it.
         author: AccountId,
         /// Its id.
@@ -177,7 +351,7 @@ pub enum Event {
     /// A message has another text.
     Edited {
         /// The conversation.
-        conversation: AccountId,
+        conversation: ConversationId,
         /// Who wrote it.
         author: AccountId,
         /// Its id.
@@ -186,7 +360,7 @@ pub enum Event {
     /// A message was taken back.
     Deleted {
         /// The conversation.
-        conversation: AccountId,
+        conversation: ConversationId,
         /// Who wrote it.
         author: AccountId,
         /// Its id.
@@ -195,7 +369,7 @@ pub enum Event {
     /// Somebody reacted to a message.
     Reacted {
         /// The conversation.
-        conversation: AccountId,
+        conversation: ConversationId,
         /// Who wrote the message.
         author: AccountId,
         /// Its id.
@@ -208,7 +382,7 @@ pub enum Event {
     /// A message of one's own came further.
     Tick {
         /// The conversation.
-        conversation: AccountId,
+        conversation: ConversationId,
         /// Its id.
         message_id: MessageId,
         /// How far.
@@ -217,7 +391,7 @@ pub enum Event {
     /// A message of one's own will not be delivered.
     Failed {
         /// The conversation.
-        conversation: AccountId,
+        conversation: ConversationId,
         /// Its id.
         message_id: MessageId,
         /// Why.
@@ -226,12 +400,12 @@ pub enum Event {
     /// Another device of one's own read the conversation up to now.
     ReadElsewhere {
         /// The conversation.
-        conversation: AccountId,
+        conversation: ConversationId,
     },
     /// The conversation's expire timer was set.
     ExpireTimer {
         /// The conversation.
-        conversation: AccountId,
+        conversation: ConversationId,
         /// By whom.
         by: AccountId,
         /// Seconds; 0: off.
@@ -240,7 +414,7 @@ pub enum Event {
     /// A message disappeared: its time was over.
     Expired {
         /// The conversation.
-        conversation: AccountId,
+        conversation: ConversationId,
         /// Who wrote it.
         author: AccountId,
         /// Its id.
@@ -284,6 +458,65 @@ pub enum Event {
     Gap {
         /// They were kept for 30 days and not fetched; else the server lost them.
         expired: bool,
+    },
+    /// This device is in a group: it created it, or was invited.
+    GroupJoined {
+        /// Which.
+        group: GroupId,
+        /// Who added this device.
+        by: AccountId,
+    },
+    /// Members, roles or the name of a group changed.
+    GroupChanged {
+        /// Which.
+        group: GroupId,
+        /// The epoch that began.
+        epoch: u64,
+        /// Who changed it; `None`: nobody in particular, a device joined again by itself.
+        by: Option<AccountId>,
+        /// Accounts that were not in it before.
+        added: Vec<AccountId>,
+        /// Accounts that are not in it any more.
+        removed: Vec<AccountId>,
+        /// The name from now on, if it is another one.
+        name: Option<String>,
+        /// Whether the owner or the admins are others now.
+        roles: bool,
+    },
+    /// This device is not in the group any more. The history stays.
+    GroupLeft {
+        /// Which.
+        group: GroupId,
+        /// The person asked for it; else somebody removed it.
+        asked: bool,
+    },
+    /// The group was closed by its owner. The history stays.
+    GroupClosed {
+        /// Which.
+        group: GroupId,
+    },
+    /// This device had lost touch with the group and joined it again. What was written meanwhile may be missing here.
+    GroupRejoined {
+        /// Which.
+        group: GroupId,
+    },
+    /// A message of a group could not be decrypted; the others have it.
+    GroupUndecryptable {
+        /// Which group.
+        group: GroupId,
+        /// Who sent it.
+        account: AccountId,
+        /// From which device.
+        device: DeviceId,
+    },
+    /// A member has read a group up to here.
+    GroupRead {
+        /// Which group.
+        group: GroupId,
+        /// Who.
+        account: AccountId,
+        /// The position in the group: see [`Message::group_seq`].
+        seq: u64,
     },
     /// One's own devices or identities changed.
     OwnAccountChanged,

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use crossterm::event::{KeyCode, KeyEvent, KeyEventKind, KeyModifiers};
 
 use super::plain::short;
-use crate::client::{Connection, Conversation, Message};
+use crate::client::{Connection, Conversation, ConversationId, GroupSummary, Message};
 use crate::ids::AccountId;
 
 /// Typing is forgotten this long after it was told.
@@ -24,7 +24,7 @@ pub(super) enum Wish {
     /// A line was entered.
     Line(String),
     /// Another conversation is open.
-    Opened(AccountId),
+    Opened(ConversationId),
     /// Older messages.
     Older,
     /// Tell the other side that one types, or stopped.
@@ -45,10 +45,13 @@ pub(super) struct App {
     pub me: String,
     pub own: AccountId,
     pub conversations: Vec<Conversation>,
-    pub open: Option<AccountId>,
+    pub groups: Vec<GroupSummary>,
+    /// Names of members that there is no conversation with.
+    pub names: HashMap<AccountId, String>,
+    pub open: Option<ConversationId>,
     pub messages: Vec<Message>,
     /// Warnings and notes, each behind the message that was the newest then.
-    pub notices: Vec<(Option<AccountId>, u64, String)>,
+    pub notices: Vec<(Option<ConversationId>, u64, String)>,
     pub connection: Connection,
     pub input: String,
     /// Where the cursor is in `input`, in bytes.
@@ -61,7 +64,7 @@ pub(super) struct App {
     pub page: usize,
     pub popup: Option<Popup>,
     note: Option<(String, Instant)>,
-    typing: HashMap<AccountId, Instant>,
+    typing: HashMap<ConversationId, Instant>,
     told_typing: Option<Instant>,
 }
 
@@ -71,6 +74,8 @@ impl App {
             me,
             own,
             conversations: Vec::new(),
+            groups: Vec::new(),
+            names: HashMap::new(),
             open: None,
             messages: Vec::new(),
             notices: Vec::new(),
@@ -87,18 +92,40 @@ impl App {
         }
     }
 
-    /// An account's name for the screen.
-    pub(super) fn name(&self, account: AccountId) -> String {
+    /// An account's or a group's name for the screen.
+    pub(super) fn name(&self, of: impl Into<ConversationId>) -> String {
+        let account = match of.into() {
+            ConversationId::Account(account) => account,
+            ConversationId::Group(group) => {
+                let name = self.groups.iter().find(|one| one.group == group).and_then(|group| group.name.as_deref());
+                return super::command::group_name(name, group);
+            }
+        };
         if account == self.own {
             return "note to yourself".into();
         }
         let conversation = self.conversations.iter().find(|conversation| conversation.account == account);
         let identity = conversation.and_then(|conversation| conversation.identities.first());
-        identity.map_or_else(|| short(account), ToString::to_string)
+        let known = identity.map(ToString::to_string).or_else(|| self.names.get(&account).cloned());
+        known.unwrap_or_else(|| short(account))
+    }
+
+    /// All that can be opened, the newest first.
+    pub(super) fn list(&self) -> Vec<ConversationId> {
+        let position = |last: &Option<Message>| last.as_ref().map(|message| message.position);
+        let accounts = self.conversations.iter().map(|one| (position(&one.last), ConversationId::Account(one.account)));
+        let groups = self.groups.iter().map(|one| (position(&one.last), ConversationId::Group(one.group)));
+        let mut all: Vec<(Option<u64>, ConversationId)> = accounts.chain(groups).collect();
+        all.sort_by_key(|(position, _)| std::cmp::Reverse(*position));
+        all.into_iter().map(|(_, conversation)| conversation).collect()
+    }
+
+    pub(super) fn group(&self, of: ConversationId) -> Option<&GroupSummary> {
+        self.groups.iter().find(|group| of.group() == Some(group.group))
     }
 
     pub(super) fn conversation(&self) -> Option<&Conversation> {
-        self.conversations.iter().find(|conversation| Some(conversation.account) == self.open)
+        self.conversations.iter().find(|conversation| Some(conversation.account) == self.open.and_then(ConversationId::account))
     }
 
     /// Shows a note for a while.
@@ -110,22 +137,23 @@ impl App {
         self.note.as_ref().filter(|(_, since)| since.elapsed() < NOTE).map(|(text, _)| text.as_str())
     }
 
-    pub(super) fn typing_changed(&mut self, account: AccountId, started: bool) {
+    pub(super) fn typing_changed(&mut self, who: impl Into<ConversationId>, started: bool) {
+        let who = who.into();
         if started {
-            self.typing.insert(account, Instant::now());
+            self.typing.insert(who, Instant::now());
         } else {
-            self.typing.remove(&account);
+            self.typing.remove(&who);
         }
     }
 
-    pub(super) fn is_typing(&self, account: AccountId) -> bool {
-        self.typing.get(&account).is_some_and(|since| since.elapsed() < TYPING)
+    pub(super) fn is_typing(&self, who: ConversationId) -> bool {
+        self.typing.get(&who).is_some_and(|since| since.elapsed() < TYPING)
     }
 
     /// Opens a conversation; its messages come later.
-    pub(super) fn show(&mut self, account: AccountId) {
-        if self.open != Some(account) {
-            self.open = Some(account);
+    pub(super) fn show(&mut self, conversation: ConversationId) {
+        if self.open != Some(conversation) {
+            self.open = Some(conversation);
             self.messages.clear();
             self.scroll = 0;
         }
@@ -238,15 +266,15 @@ impl App {
     }
 
     fn step(&mut self, by: isize) -> Wish {
-        let count = self.conversations.len() as isize;
+        let list = self.list();
+        let count = list.len() as isize;
         if count == 0 {
             return Wish::None;
         }
-        let at = self.conversations.iter().position(|conversation| Some(conversation.account) == self.open);
+        let at = list.iter().position(|conversation| Some(*conversation) == self.open);
         let next = at.map_or(0, |at| (at as isize + by).rem_euclid(count)) as usize;
-        let account = self.conversations[next].account;
-        self.show(account);
-        Wish::Opened(account)
+        self.show(list[next]);
+        Wish::Opened(list[next])
     }
 
     fn scroll_by(&mut self, lines: isize) -> Wish {

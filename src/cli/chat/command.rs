@@ -3,8 +3,8 @@
 use std::fmt::Write as _;
 
 use crate::client::core::safety;
-use crate::client::{Client, Message, Recipient};
-use crate::ids::{AccountId, DeviceId};
+use crate::client::{Client, ConversationId, GroupRole, Message, Recipient};
+use crate::ids::{AccountId, DeviceId, GroupId};
 
 /// A line of input.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -15,6 +15,10 @@ pub(super) enum Input {
     Text(String),
     /// Opens a conversation.
     To(Recipient),
+    /// Creates a group of this name, and opens it.
+    CreateGroup(String),
+    /// Opens the group of this name.
+    OpenGroup(String),
     /// Leaves.
     Quit,
     /// Lists the commands.
@@ -44,6 +48,18 @@ pub(super) enum Action {
     Edit(String),
     Delete,
     Me,
+    Groups,
+    Invite(Vec<Recipient>),
+    Remove(Vec<Recipient>),
+    Who,
+    Epoch,
+    RenameGroup(String),
+    Admin(Recipient, bool),
+    Owner(Recipient),
+    Renew,
+    Mute(bool),
+    Leave,
+    Close,
 }
 
 /// What can be typed.
@@ -54,6 +70,15 @@ pub(super) const HELP: &[(&str, &str)] = &[
     ("/accept", "go on without comparing after keys changed"),
     ("/devices", "your devices"),
     ("/rename N NAME", "rename your device number N"),
+    ("/group create NAME", "create a group"),
+    ("/group NAME", "talk in a group; /groups lists them"),
+    ("/invite user@realm…", "add people to the group"),
+    ("/remove user@realm…", "take people out of the group"),
+    ("/who", "who is in the group; /admin, /unadmin, /owner user@realm"),
+    ("/rename NAME", "give the group another name"),
+    ("/epoch", "the epoch of the group's keys; /renew begins the next"),
+    ("/mute, /unmute", "do not mark the group as new, or do"),
+    ("/leave, /close", "leave the group; end it for everybody"),
     ("/revoke N", "sign your device number N out"),
     ("/react EMOJI", "react to the newest message of the other side"),
     ("/edit TEXT", "replace the text of your newest message"),
@@ -89,8 +114,29 @@ pub(super) fn parse(line: &str) -> Input {
         ("devices", _) => Input::Do(Action::Devices),
         ("rename", argument) => match argument.split_once(' ').map(|(number, name)| (device(number), name.trim())) {
             Some((Some(number), name)) if !name.is_empty() => Input::Do(Action::Rename(number, name.to_owned())),
-            _ => needs("a device's number and its new name"),
+            _ if argument.is_empty() => needs("the group's new name, or a device's number and its new name"),
+            _ => Input::Do(Action::RenameGroup(argument.to_owned())),
         },
+        ("group", argument) => match argument.split_once(' ').map(|(what, name)| (what, name.trim())) {
+            Some(("create", name)) if !name.is_empty() => Input::CreateGroup(name.to_owned()),
+            _ if argument.is_empty() || argument == "create" => needs("a name: /group create Hiking"),
+            _ => Input::OpenGroup(argument.to_owned()),
+        },
+        ("groups", _) => Input::Do(Action::Groups),
+        ("invite", who) => people(who).map_or_else(|| needs("identities: /invite bob@vignette"), |who| Input::Do(Action::Invite(who))),
+        ("remove", who) => people(who).map_or_else(|| needs("identities: /remove bob@vignette"), |who| Input::Do(Action::Remove(who))),
+        ("who", _) => Input::Do(Action::Who),
+        ("epoch", _) => Input::Do(Action::Epoch),
+        ("renew", _) => Input::Do(Action::Renew),
+        ("admin" | "unadmin" | "owner", who) => match (who.parse::<Recipient>(), name) {
+            (Ok(who), "owner") => Input::Do(Action::Owner(who)),
+            (Ok(who), _) => Input::Do(Action::Admin(who, name == "admin")),
+            (Err(_), _) => needs("an identity"),
+        },
+        ("mute", _) => Input::Do(Action::Mute(true)),
+        ("unmute", _) => Input::Do(Action::Mute(false)),
+        ("leave", _) => Input::Do(Action::Leave),
+        ("close", _) => Input::Do(Action::Close),
         ("revoke", number) => device(number).map_or_else(|| needs("a device's number"), |number| Input::Do(Action::Revoke(number))),
         ("block", _) => Input::Do(Action::Block),
         ("unblock", _) => Input::Do(Action::Unblock),
@@ -105,14 +151,22 @@ pub(super) fn parse(line: &str) -> Input {
     }
 }
 
+/// Identities, separated by blanks; `None` if one is none, or there is none.
+fn people(text: &str) -> Option<Vec<Recipient>> {
+    let people: Option<Vec<Recipient>> = text.split_whitespace().map(|one| one.parse().ok()).collect();
+    people.filter(|people| !people.is_empty())
+}
+
 /// The commands, as lines.
 pub(super) fn help() -> Vec<String> {
-    HELP.iter().map(|(name, what)| format!("{name:<18}{what}")).collect()
+    HELP.iter().map(|(name, what)| format!("{name:<21}{what}")).collect()
 }
 
 /// Does it; what to show, or why it did not work, for a person.
-pub(super) async fn perform(client: &Client, with: Option<AccountId>, action: Action) -> Result<Vec<String>, String> {
-    let peer = || with.ok_or_else(|| "no conversation is open: /to bob@vignette".to_owned());
+pub(super) async fn perform(client: &Client, with: Option<ConversationId>, action: Action) -> Result<Vec<String>, String> {
+    let open = || with.ok_or_else(|| "no conversation is open: /to bob@vignette".to_owned());
+    let peer = || open().and_then(|with| with.account().ok_or_else(|| "this is a group: /help lists what goes with groups".to_owned()));
+    let group = || with.and_then(ConversationId::group).ok_or_else(|| "no group is open: /group NAME".to_owned());
     let done = |what: &str| Ok(vec![what.to_owned()]);
     match action {
         Action::Safety => safety_lines(client, peer()?).await,
@@ -129,17 +183,17 @@ pub(super) async fn perform(client: &Client, with: Option<AccountId>, action: Ac
         Action::Revoke(device) => client.revoke_device(device).await.map_err(why).and_then(|()| done("Revoked.")),
         Action::Block => client.block(peer()?).await.map_err(why).and_then(|()| done("Blocked: nothing comes from there any more.")),
         Action::Unblock => client.unblock(peer()?).await.map_err(why).and_then(|()| done("Not blocked any more.")),
-        Action::Expire(seconds) => client.set_expire_timer(peer()?, seconds).await.map_err(why).map(|_| Vec::new()),
+        Action::Expire(seconds) => client.set_expire_timer(open()?, seconds).await.map_err(why).map(|_| Vec::new()),
         Action::React(emoji) => {
-            let target = newest(client, peer()?, false).await?;
+            let target = newest(client, open()?, false).await?;
             client.react(&target, Some(&emoji)).await.map_err(why).map(|_| Vec::new())
         }
         Action::Edit(text) => {
-            let target = newest(client, peer()?, true).await?;
+            let target = newest(client, open()?, true).await?;
             client.edit(&target, &text).await.map_err(why).map(|_| Vec::new())
         }
         Action::Delete => {
-            let target = newest(client, peer()?, true).await?;
+            let target = newest(client, open()?, true).await?;
             client.delete(&target).await.map_err(why).map(|_| Vec::new())
         }
         Action::Me => {
@@ -147,7 +201,86 @@ pub(super) async fn perform(client: &Client, with: Option<AccountId>, action: Ac
             let address = client.address();
             Ok(vec![names.join(", "), format!("account {}, device {}", address.account, address.device)])
         }
+        Action::Groups => group_lines(client).await,
+        Action::Invite(who) => {
+            let accounts = resolve(client, who).await?;
+            let invited = client.invite(group()?, &accounts).await.map_err(why)?;
+            match invited.unreachable.len() {
+                0 => done("Invited."),
+                some => Ok(vec![format!("{some} of {} can't be reached; the others are invited.", accounts.len())]),
+            }
+        }
+        Action::Remove(who) => {
+            let accounts = resolve(client, who).await?;
+            client.remove_from_group(group()?, &accounts).await.map_err(why).and_then(|()| done("Removed."))
+        }
+        Action::Who => member_lines(client, group()?).await,
+        Action::Epoch => {
+            let group = group()?;
+            let found = client.groups().await.map_err(why)?.into_iter().find(|one| one.group == group);
+            let found = found.ok_or_else(|| "there is no such group".to_owned())?;
+            Ok(vec![format!("Epoch {}, {} members, group {group}", found.epoch, found.accounts)])
+        }
+        Action::RenameGroup(name) => client.rename_group(group()?, &name).await.map_err(why).and_then(|()| done("Renamed.")),
+        Action::Admin(who, admin) => {
+            let what = if admin { "An admin now." } else { "No admin any more." };
+            client.set_group_admin(group()?, who, admin).await.map_err(why).and_then(|()| done(what))
+        }
+        Action::Owner(who) => {
+            client.set_group_owner(group()?, who).await.map_err(why).and_then(|()| done("Passed on; you are an admin now."))
+        }
+        Action::Renew => client.renew_group_keys(group()?).await.map_err(why).and_then(|()| done("The keys are new.")),
+        Action::Mute(muted) => {
+            client.mute_group(group()?, muted).await.map_err(why).and_then(|()| done(if muted { "Muted." } else { "Not muted any more." }))
+        }
+        Action::Leave => client.leave_group(group()?).await.map_err(why).and_then(|()| done("Leaving.")),
+        Action::Close => client.close_group(group()?).await.map_err(why).and_then(|()| done("Closed.")),
     }
+}
+
+async fn resolve(client: &Client, who: Vec<Recipient>) -> Result<Vec<AccountId>, String> {
+    let mut accounts = Vec::with_capacity(who.len());
+    for one in who {
+        accounts.push(client.resolve(one).await.map_err(why)?);
+    }
+    Ok(accounts)
+}
+
+async fn group_lines(client: &Client) -> Result<Vec<String>, String> {
+    let groups = client.groups().await.map_err(why)?;
+    let line = |group: crate::client::GroupSummary| {
+        let name = super::text::harmless(&group_name(group.name.as_deref(), group.group));
+        format!("{name:<32} {:>5} members  {:?}", group.accounts, group.membership)
+    };
+    Ok(if groups.is_empty() { vec!["No groups yet: /group create NAME".to_owned()] } else { groups.into_iter().map(line).collect() })
+}
+
+/// A group's name for a person.
+pub(super) fn group_name(name: Option<&str>, group: GroupId) -> String {
+    name.map_or_else(|| format!("group {}", group.to_string().chars().take(8).collect::<String>()), ToOwned::to_owned)
+}
+
+/// The group of a name, or of the beginning of one.
+pub(super) async fn find_group(client: &Client, wanted: &str) -> Result<GroupId, String> {
+    let groups = client.groups().await.map_err(why)?;
+    let exact = groups.iter().find(|group| group.name.as_deref() == Some(wanted));
+    let begins = || groups.iter().find(|group| group.name.as_deref().is_some_and(|name| name.starts_with(wanted)));
+    exact.or_else(begins).map(|group| group.group).ok_or_else(|| format!("there is no group {wanted}: /groups lists them"))
+}
+
+async fn member_lines(client: &Client, group: GroupId) -> Result<Vec<String>, String> {
+    let members = client.group_members(group).await.map_err(why)?;
+    let line = |member: crate::client::GroupMember| {
+        let name = member.identities.first().map_or_else(|| super::plain::short(member.account), ToString::to_string);
+        let role = match member.role {
+            GroupRole::Owner => "owner",
+            GroupRole::Admin => "admin",
+            GroupRole::Member => "",
+        };
+        let devices = if member.devices.len() == 1 { "1 device".to_owned() } else { format!("{} devices", member.devices.len()) };
+        format!("{name:<32} {role:<6} {devices}")
+    };
+    Ok(members.into_iter().map(line).collect())
 }
 
 async fn safety_lines(client: &Client, with: AccountId) -> Result<Vec<String>, String> {
@@ -181,7 +314,7 @@ async fn device_lines(client: &Client) -> Result<Vec<String>, String> {
     Ok(devices.into_iter().map(line).collect())
 }
 
-async fn newest(client: &Client, with: AccountId, own: bool) -> Result<Message, String> {
+async fn newest(client: &Client, with: ConversationId, own: bool) -> Result<Message, String> {
     let history = client.history(with, u64::MAX, 200).await.map_err(why)?;
     let found = history.into_iter().rev().find(|message| message.outgoing == own && message.body.is_some());
     found.ok_or_else(|| "there is no such message here".to_owned())
@@ -210,7 +343,13 @@ mod tests {
         assert_eq!(parse("/to bob@vignette"), Input::To("bob@vignette".parse().expect("valid")));
         assert!(matches!(parse("/to bob"), Input::Wrong(_)));
         assert_eq!(parse("/rename 2 My phone"), Input::Do(Action::Rename(DeviceId::new(2).expect("valid"), "My phone".into())));
-        assert!(matches!(parse("/rename x y"), Input::Wrong(_)));
+        assert_eq!(parse("/rename x y"), Input::Do(Action::RenameGroup("x y".into())));
+        assert!(matches!(parse("/rename"), Input::Wrong(_)));
+        assert_eq!(parse("/group create Berge und Seen"), Input::CreateGroup("Berge und Seen".into()));
+        assert_eq!(parse("/group Berge"), Input::OpenGroup("Berge".into()));
+        assert!(matches!(parse("/group create"), Input::Wrong(_)));
+        assert!(matches!(parse("/invite bob@vignette eve@socialink"), Input::Do(Action::Invite(who)) if who.len() == 2));
+        assert!(matches!(parse("/invite bob"), Input::Wrong(_)));
         assert_eq!(parse("/expire 60"), Input::Do(Action::Expire(60)));
         assert!(matches!(parse("/nonsense"), Input::Wrong(_)));
         assert_eq!(parse("/edit  a  b"), Input::Do(Action::Edit("a  b".into())));

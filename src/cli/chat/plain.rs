@@ -12,7 +12,7 @@ use super::ChatArgs;
 use super::command::{self, Input};
 use super::text::{clock, harmless};
 use crate::client::core::content::MessageId;
-use crate::client::{Client, Connection, Event, Live, Message, Status};
+use crate::client::{Client, Connection, ConversationId, Event, Live, Message, Status};
 use crate::ids::AccountId;
 
 /// Lines that are read ahead.
@@ -21,8 +21,8 @@ const LINES: usize = 64;
 struct Plain<'c> {
     client: &'c Client,
     json: bool,
-    to: Option<AccountId>,
-    names: HashMap<AccountId, String>,
+    to: Option<ConversationId>,
+    names: HashMap<ConversationId, String>,
 }
 
 /// Runs until the input ends and everything is sent, or `/quit`, or an interrupt.
@@ -102,8 +102,8 @@ impl Plain<'_> {
     }
 
     async fn open(&mut self, to: crate::client::Recipient) -> anyhow::Result<()> {
-        match self.client.resolve(&to).await {
-            Ok(account) => self.to = Some(account),
+        match self.client.conversation(&to).await {
+            Ok(conversation) => self.to = Some(conversation),
             Err(error) => self.complain(&command::why(error))?,
         }
         Ok(())
@@ -140,6 +140,17 @@ impl Plain<'_> {
             Input::Wrong(why) => self.complain(&why)?,
             Input::Help => self.lines(&command::help())?,
             Input::To(to) => self.open(to).await?,
+            Input::CreateGroup(name) => match self.client.create_group(&name).await {
+                Ok(group) => {
+                    self.to = Some(group.into());
+                    self.print(&format!("# you are in {}", harmless(&name)), json!({ "created": group }))?;
+                }
+                Err(error) => self.complain(&command::why(error))?,
+            },
+            Input::OpenGroup(name) => match command::find_group(self.client, &name).await {
+                Ok(group) => self.to = Some(group.into()),
+                Err(why) => self.complain(&why)?,
+            },
             Input::Text(text) => self.send(&[text]).await?,
             Input::Read => {
                 if let Some(with) = self.to {
@@ -176,33 +187,46 @@ impl Plain<'_> {
         Ok(())
     }
 
-    fn sending(&self, to: AccountId, text: &str, id: MessageId) -> anyhow::Result<()> {
+    fn sending(&self, to: ConversationId, text: &str, id: MessageId) -> anyhow::Result<()> {
         let value = json!({ "sending": { "message_id": id, "conversation": to, "body": text } });
         self.print(&format!("> {}", harmless(text)), value)
     }
 
-    /// The name of an account: a confirmed identity, else the beginning of its id.
-    async fn name(&mut self, account: AccountId) -> String {
-        if let Some(name) = self.names.get(&account) {
+    /// The name of an account (a confirmed identity, else the beginning of its id) or a group.
+    async fn name(&mut self, of: ConversationId) -> String {
+        if let Some(name) = self.names.get(&of) {
             return name.clone();
         }
-        let conversations = self.client.conversations().await.unwrap_or_default();
-        let found = conversations.iter().find(|conversation| conversation.account == account);
-        match found.and_then(|conversation| conversation.identities.first()) {
-            Some(identity) => {
-                self.names.insert(account, identity.to_string());
-                identity.to_string()
+        let (found, otherwise) = match of {
+            ConversationId::Account(account) => {
+                let identities = self.client.identities_of(account).await.unwrap_or_default();
+                (identities.first().map(ToString::to_string), short(account))
             }
-            None => short(account),
+            // Groups are renamed: their names are asked for each time.
+            ConversationId::Group(group) => {
+                let groups = self.client.groups().await.unwrap_or_default();
+                let name = groups.into_iter().find(|one| one.group == group).and_then(|group| group.name);
+                return command::group_name(name.as_deref(), group);
+            }
+        };
+        if let Some(name) = &found {
+            self.names.insert(of, name.clone());
         }
+        found.unwrap_or(otherwise)
     }
 
     async fn events(&mut self, batch: Vec<(u64, Event)>) -> anyhow::Result<()> {
-        let mut shown: HashMap<AccountId, u64> = HashMap::new();
+        let mut shown: HashMap<ConversationId, u64> = HashMap::new();
         for (position, event) in batch {
             let name = match conversation_of(&event) {
-                Some(account) => self.name(account).await,
+                Some(about) => self.name(about).await,
                 None => String::new(),
+            };
+            let name = match &event {
+                Event::Message { conversation: ConversationId::Group(_), author, .. } if *author != self.client.account() => {
+                    format!("{} in {name}", self.name((*author).into()).await)
+                }
+                _ => name,
             };
             let value = json!({ "position": position, "with": name, "event": event });
             if self.json {
@@ -229,7 +253,7 @@ impl Plain<'_> {
         let value = json!({ "live": live });
         match live {
             Live::Typing { account, started } => {
-                let name = self.name(*account).await;
+                let name = self.name((*account).into()).await;
                 let what = if *started { "is typing" } else { "stopped typing" };
                 self.print(&format!("# {name} {what}"), value)
             }
@@ -246,8 +270,8 @@ pub(super) fn short(account: AccountId) -> String {
     account.to_string().chars().take(8).collect()
 }
 
-/// The account an event is about.
-pub(super) fn conversation_of(event: &Event) -> Option<AccountId> {
+/// The conversation an event is about.
+pub(super) fn conversation_of(event: &Event) -> Option<ConversationId> {
     match event {
         Event::Message { conversation, .. }
         | Event::Edited { conversation, .. }
@@ -262,7 +286,14 @@ pub(super) fn conversation_of(event: &Event) -> Option<AccountId> {
         | Event::DeviceAdded { account, .. }
         | Event::IdentityChanged { account, .. }
         | Event::Undecryptable { account, .. }
-        | Event::AccountDeleted { account } => Some(*account),
+        | Event::AccountDeleted { account } => Some((*account).into()),
+        Event::GroupJoined { group, .. }
+        | Event::GroupChanged { group, .. }
+        | Event::GroupLeft { group, .. }
+        | Event::GroupClosed { group }
+        | Event::GroupRejoined { group }
+        | Event::GroupUndecryptable { group, .. }
+        | Event::GroupRead { group, .. } => Some((*group).into()),
         Event::Gap { .. } | Event::OwnAccountChanged | Event::SignedOut => None,
     }
 }
@@ -303,6 +334,28 @@ pub(super) fn notice(event: &Event, name: &str) -> Option<String> {
         Event::AccountDeleted { .. } => format!("! {name} deleted the account"),
         Event::ExpireTimer { seconds: 0, .. } => format!("# messages with {name} stay from now on"),
         Event::ExpireTimer { seconds, .. } => format!("# messages with {name} disappear {seconds} s after reading from now on"),
+        Event::GroupJoined { .. } => format!("# you are in {name}"),
+        Event::GroupChanged { added, removed, name: renamed, roles, epoch, .. } => {
+            let mut what = Vec::new();
+            if !added.is_empty() {
+                what.push(format!("{} joined", added.len()));
+            }
+            if !removed.is_empty() {
+                what.push(format!("{} left", removed.len()));
+            }
+            if let Some(renamed) = renamed {
+                what.push(format!("the name is {} now", harmless(renamed)));
+            }
+            if *roles {
+                what.push("roles changed".to_owned());
+            }
+            format!("# {name}: {} (epoch {epoch})", what.join(", "))
+        }
+        Event::GroupLeft { asked: true, .. } => format!("# you left {name}"),
+        Event::GroupLeft { asked: false, .. } => format!("! you were removed from {name}"),
+        Event::GroupClosed { .. } => format!("! {name} was closed"),
+        Event::GroupRejoined { .. } => format!("! this device had lost touch with {name}; what was written meanwhile may be missing"),
+        Event::GroupUndecryptable { .. } => format!("! a message in {name} could not be decrypted"),
         Event::OwnAccountChanged => "# your devices or identities changed: /devices".to_owned(),
         Event::SignedOut => "! this device is signed out; --fresh registers it anew".to_owned(),
         _ => return None,
@@ -330,6 +383,7 @@ pub(super) fn failure(reason: crate::client::Failure) -> &'static str {
         Failure::TooLarge => "it is too large",
         Failure::Expired => "not fetched within 30 days",
         Failure::DevicesKeepChanging => "not all devices could be reached",
+        Failure::NotMember => "you are not in the group",
         Failure::Refused => "the broker refused it",
     }
 }

@@ -11,8 +11,7 @@ use super::ChatArgs;
 use super::app::{App, Popup, Wish};
 use super::command::{self, Action, Input};
 use super::{plain, view};
-use crate::client::{Client, Event, Live, Recipient};
-use crate::ids::AccountId;
+use crate::client::{Client, ConversationId, Event, Live, Recipient};
 
 /// Messages read at once.
 const PAGE: usize = 200;
@@ -27,10 +26,10 @@ pub(super) async fn run(client: &Client, args: &ChatArgs) -> anyhow::Result<()> 
     refresh_list(client, &mut app).await?;
     let first = match &args.to {
         Some(to) => open(client, &mut app, to.clone().into()).await,
-        None => app.conversations.first().map(|conversation| conversation.account),
+        None => app.list().first().copied(),
     };
-    if let Some(account) = first {
-        app.show(account);
+    if let Some(first) = first {
+        app.show(first);
     }
     let mut terminal = ratatui::try_init()?;
     let _ = crossterm::execute!(std::io::stdout(), EnableBracketedPaste);
@@ -95,6 +94,7 @@ async fn serve(client: &Client, app: &mut App, terminal: &mut DefaultTerminal) -
 
 async fn refresh_list(client: &Client, app: &mut App) -> anyhow::Result<()> {
     app.conversations = client.conversations().await?;
+    app.groups = client.groups().await?;
     Ok(())
 }
 
@@ -106,6 +106,13 @@ async fn refresh(client: &Client, app: &mut App, loaded: usize) -> anyhow::Resul
         if let Some(newest) = messages.last().filter(|_| app.scroll == 0) {
             client.mark_read(with, newest.position).await?;
         }
+        if with.group().is_some() {
+            for author in messages.iter().map(|message| message.author) {
+                if let (false, Some(name)) = (app.names.contains_key(&author), client.identities_of(author).await?.first()) {
+                    app.names.insert(author, name.to_string());
+                }
+            }
+        }
         app.set_messages(messages);
     }
     refresh_list(client, app).await
@@ -116,13 +123,16 @@ fn happened(app: &mut App, event: &Event) {
         app.typing_changed(*conversation, false);
         if app.open.is_none() {
             app.show(*conversation);
-        } else if app.open != Some(*conversation) && message.as_ref().is_some_and(|message| !message.outgoing) {
+        } else if app.open != Some(*conversation)
+            && message.as_ref().is_some_and(|message| !message.outgoing)
+            && app.group(*conversation).is_none_or(|group| !group.muted)
+        {
             let name = app.name(*conversation);
             app.note(format!("new from {name}"));
         }
     }
     let about = plain::conversation_of(event);
-    let name = about.map(|account| app.name(account)).unwrap_or_default();
+    let name = about.map(|about| app.name(about)).unwrap_or_default();
     if let Some(text) = plain::notice(event, &name) {
         let after = app.messages.last().filter(|_| about.is_none() || about == app.open).map_or(u64::MAX, |message| message.position);
         app.note(text.trim_start_matches(['!', '#', ' ']).to_owned());
@@ -146,16 +156,26 @@ async fn entered(client: &Client, app: &mut App, line: &str) -> anyhow::Result<b
             }
         }
         Input::To(to) => {
-            if let Some(account) = open(client, app, to).await {
-                app.show(account);
+            if let Some(conversation) = open(client, app, to).await {
+                app.show(conversation);
             }
         }
+        Input::CreateGroup(name) => match client.create_group(&name).await {
+            Ok(group) => app.show(group.into()),
+            Err(error) => app.note(command::why(error)),
+        },
+        Input::OpenGroup(name) => match command::find_group(client, &name).await {
+            Ok(group) => app.show(group.into()),
+            Err(why) => app.note(why),
+        },
         Input::Text(text) => send(client, app, text).await,
         Input::Do(action) => {
             let title = match action {
                 Action::Safety => format!("Safety number with {}", app.open.map(|with| app.name(with)).unwrap_or_default()),
                 Action::Devices => "Your devices".into(),
                 Action::Me => "You".into(),
+                Action::Groups => "Your groups".into(),
+                Action::Who => format!("Members of {}", app.open.map(|with| app.name(with)).unwrap_or_default()),
                 _ => String::new(),
             };
             match command::perform(client, app.open, action).await {
@@ -183,9 +203,9 @@ async fn send(client: &Client, app: &mut App, text: String) {
     }
 }
 
-async fn open(client: &Client, app: &mut App, to: Recipient) -> Option<AccountId> {
-    match client.resolve(&to).await {
-        Ok(account) => Some(account),
+async fn open(client: &Client, app: &mut App, to: Recipient) -> Option<ConversationId> {
+    match client.conversation(&to).await {
+        Ok(conversation) => Some(conversation),
         Err(error) => {
             app.note(command::why(error));
             None

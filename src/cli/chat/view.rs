@@ -9,7 +9,7 @@ use ratatui::widgets::{Block, BorderType, Clear, List, ListItem, Paragraph};
 use super::app::App;
 use super::plain::failure;
 use super::text::{clock, day, harmless, width, wrap};
-use crate::client::{Connection, Conversation, Message, Status, Trust};
+use crate::client::{Connection, ConversationId, Membership, Message, Status, Trust};
 
 /// The conversation list takes this much, where there is room for it.
 const LIST: u16 = 28;
@@ -36,25 +36,33 @@ pub(super) fn draw(frame: &mut Frame<'_>, app: &mut App) {
 
 fn draw_list(frame: &mut Frame<'_>, app: &App, area: Rect) {
     let columns = usize::from(area.width.saturating_sub(4));
-    let item = |conversation: &Conversation| {
-        let name = app.name(conversation.account);
-        let unread = if conversation.unread > 0 { format!(" {} ", conversation.unread) } else { String::new() };
+    let item = |of: ConversationId| {
+        let (count, last, muted) = match app.group(of) {
+            Some(group) => (group.unread, &group.last, group.muted),
+            None => {
+                let found = app.conversations.iter().find(|conversation| of == conversation.account);
+                found.map_or((0, &None, false), |conversation| (conversation.unread, &conversation.last, false))
+            }
+        };
+        let name = harmless(&app.name(of));
+        let unread = if count > 0 { format!(" {count} ") } else { String::new() };
         let name = cut(&name, columns.saturating_sub(width(&unread)));
         let gap = " ".repeat(columns.saturating_sub(width(&name) + width(&unread)));
-        let style = if Some(conversation.account) == app.open { Style::new().reversed() } else { Style::new() };
+        let style = if Some(of) == app.open { Style::new().reversed() } else { Style::new() };
+        let mark = if muted { Color::DarkGray } else { Color::Green };
         let first = Line::from(vec![
-            Span::styled(name, if conversation.unread > 0 { style.bold() } else { style }),
+            Span::styled(name, if count > 0 { style.bold() } else { style }),
             Span::styled(gap, style),
-            Span::styled(unread, Style::new().fg(Color::Black).bg(Color::Green)),
+            Span::styled(unread, Style::new().fg(Color::Black).bg(mark)),
         ]);
-        let under = if app.is_typing(conversation.account) {
+        let under = if app.is_typing(of) {
             Span::from("typing…").fg(Color::Green).italic()
         } else {
-            Span::from(cut(&preview(conversation), columns)).dim()
+            Span::from(cut(&preview(app, of, last.as_ref()), columns)).dim()
         };
         ListItem::new(vec![first, Line::from(under)])
     };
-    let items: Vec<ListItem<'_>> = app.conversations.iter().map(item).collect();
+    let items: Vec<ListItem<'_>> = app.list().into_iter().map(item).collect();
     let block = Block::bordered().border_type(BorderType::Rounded).border_style(Style::new().dim()).title(" Sealpost ".bold());
     if items.is_empty() {
         let hint = Paragraph::new(vec![Line::from(""), Line::from(" /to bob@vignette"), Line::from(" begins a conversation").dim()]);
@@ -64,10 +72,14 @@ fn draw_list(frame: &mut Frame<'_>, app: &App, area: Rect) {
     }
 }
 
-fn preview(conversation: &Conversation) -> String {
-    let Some(last) = &conversation.last else { return String::new() };
+fn preview(app: &App, of: ConversationId, last: Option<&Message>) -> String {
+    let Some(last) = last else { return String::new() };
     let body = last.body.as_deref().map_or_else(|| "deleted".to_owned(), harmless).replace('\n', " ");
-    if last.outgoing { format!("you: {body}") } else { body }
+    match (last.outgoing, of) {
+        (true, _) => format!("you: {body}"),
+        (false, ConversationId::Group(_)) => format!("{}: {body}", app.name(last.author).split('@').next().unwrap_or_default()),
+        (false, ConversationId::Account(_)) => body,
+    }
 }
 
 fn draw_history(frame: &mut Frame<'_>, app: &mut App, area: Rect) {
@@ -98,8 +110,8 @@ fn draw_history(frame: &mut Frame<'_>, app: &mut App, area: Rect) {
 }
 
 fn title(app: &App) -> Line<'static> {
-    let Some(account) = app.open else { return Line::from(" nobody yet ").dim() };
-    let mut spans = vec![Span::from(format!(" {} ", app.name(account))).bold()];
+    let Some(open) = app.open else { return Line::from(" nobody yet ").dim() };
+    let mut spans = vec![Span::from(format!(" {} ", harmless(&app.name(open)))).bold()];
     if let Some(conversation) = app.conversation() {
         spans.push(match conversation.trust {
             Trust::Verified => Span::from("verified ").fg(Color::Green),
@@ -113,7 +125,19 @@ fn title(app: &App) -> Line<'static> {
             spans.push(Span::from("account deleted ").fg(Color::Red));
         }
     }
-    if app.is_typing(account) {
+    if let Some(group) = app.group(open) {
+        spans.push(match group.membership {
+            Membership::Member => Span::from(format!("{} members, epoch {} ", group.accounts, group.epoch)).dim(),
+            Membership::Creating => Span::from("being created ").fg(Color::Yellow),
+            Membership::Rejoining => Span::from("joining again ").fg(Color::Yellow),
+            Membership::Left => Span::from("you are not in it ").fg(Color::Red),
+            Membership::Closed => Span::from("closed ").fg(Color::Red),
+        });
+        if group.expire_s > 0 {
+            spans.push(Span::from(format!("disappearing after {} s ", group.expire_s)).fg(Color::Yellow));
+        }
+    }
+    if app.is_typing(open) {
         spans.push(Span::from("is typing… ").fg(Color::Green).italic());
     }
     Line::from(spans)
@@ -295,13 +319,15 @@ mod tests {
     use super::*;
     use crate::cli::chat::app::Popup;
     use crate::client::core::content::MessageId;
+    use crate::client::{Conversation, GroupSummary};
     use crate::ids::AccountId;
+    use crate::ids::GroupId;
 
     fn message(position: u64, own: AccountId, outgoing: bool, body: &str, status: Status) -> Message {
         let peer = AccountId::from_bytes([2; 16]);
         Message {
             position,
-            conversation: peer,
+            conversation: peer.into(),
             author: if outgoing { own } else { peer },
             message_id: MessageId([position as u8; 16]),
             outgoing,
@@ -313,6 +339,7 @@ mod tests {
             failure: None,
             reactions: Vec::new(),
             expires_ms: None,
+            group_seq: None,
         }
     }
 
@@ -325,7 +352,7 @@ mod tests {
             message(2, own, false, "hi \u{1b}[31malice", Status::Delivered),
             message(3, own, true, "how are you", Status::Delivered),
         ]);
-        app.open = Some(peer);
+        app.open = Some(peer.into());
         app.connection = Connection::Live;
         app.conversations = vec![Conversation {
             account: peer,
@@ -349,6 +376,30 @@ mod tests {
     fn the_screen_shows_the_conversation() {
         let text = screen(&mut app(), 100, 20);
         for wanted in ["bob@vignette", "not verified", "2026-11-23", "hello bob ✓✓", "● connected", "you: how are you", " 2 "] {
+            assert!(text.contains(wanted), "{wanted} is not on\n{text}");
+        }
+        assert!(!text.contains('\u{1b}'), "what others write must not reach the terminal");
+    }
+
+    #[test]
+    fn a_group_looks_like_a_conversation() {
+        let mut app = app();
+        let group = GroupId::from_bytes([9; 16]);
+        app.names.insert(AccountId::from_bytes([2; 16]), "bob@vignette".into());
+        app.groups = vec![GroupSummary {
+            group,
+            name: Some("Berge \u{1b}[31m".into()),
+            membership: Membership::Member,
+            epoch: 7,
+            accounts: 3,
+            muted: false,
+            expire_s: 0,
+            unread: 4,
+            last: Some(Message { conversation: group.into(), ..app.messages[1].clone() }),
+        }];
+        app.open = Some(group.into());
+        let text = screen(&mut app, 100, 20);
+        for wanted in ["Berge", "3 members, epoch 7", "bob: hi", " 4 "] {
             assert!(text.contains(wanted), "{wanted} is not on\n{text}");
         }
         assert!(!text.contains('\u{1b}'), "what others write must not reach the terminal");

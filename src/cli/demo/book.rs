@@ -177,7 +177,7 @@ mod tests {
 
     fn message(id: u8) -> Event {
         let account = crate::ids::AccountId::from_bytes([7; 16]);
-        Event::Message { conversation: account, author: account, message_id: MessageId([id; 16]), message: None }
+        Event::Message { conversation: account.into(), author: account, message_id: MessageId([id; 16]), message: None }
     }
 
     #[test]

@@ -90,7 +90,7 @@ impl Api {
     }
 
     /// Repeats a call while the server is away or says "later"; any other refusal is an error.
-    async fn insist(&self, method: Method, path: &str, credential: Option<&str>, body: Option<&Value>) -> anyhow::Result<Value> {
+    pub async fn insist(&self, method: Method, path: &str, credential: Option<&str>, body: Option<&Value>) -> anyhow::Result<Value> {
         let until = Instant::now() + PATIENCE;
         loop {
             let pause = match self.call(method.clone(), path, credential, body).await {

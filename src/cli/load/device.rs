@@ -130,7 +130,7 @@ impl Session {
                     _ => Ended::Later(retry_after_ms),
                 });
             }
-            Seen::Other => {}
+            Seen::Item(_) | Seen::Head { .. } | Seen::Other => {}
         }
     }
 

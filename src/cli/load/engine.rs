@@ -73,8 +73,8 @@ pub struct Seat {
 }
 
 /// One server that devices connect to.
-struct Server {
-    address: SocketAddr,
+pub(super) struct Server {
+    pub(super) address: SocketAddr,
     host: String,
     tls: Option<Tls>,
 }
@@ -159,7 +159,7 @@ pub struct Setup<'a> {
 }
 
 /// Address, `Host` header and TLS of a server.
-async fn resolve(server: &url::Url, ca: Option<&PrivateCa>) -> anyhow::Result<Server> {
+pub(super) async fn resolve(server: &url::Url, ca: Option<&PrivateCa>) -> anyhow::Result<Server> {
     let host = server.host_str().unwrap_or("127.0.0.1").to_owned();
     let name = host.trim_matches(['[', ']']);
     let tls = match (server.scheme(), ca) {
@@ -521,43 +521,53 @@ impl World {
         *seat.waker.borrow_mut() = None;
     }
 
-    /// Opens the WebSocket; what came behind the answer's head is returned too.
     async fn connect(&self, seat: &Seat) -> Result<(Socket, Vec<u8>), Refusal> {
-        let server = &self.servers[seat.server];
-        let socket = if server.address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
-        if let Some(source) = seat.source {
-            socket.bind(SocketAddr::new(source, 0))?;
-        }
-        let stream = socket.connect(server.address).await?;
-        stream.set_nodelay(true)?;
-        let mut stream = Socket::over(stream, server.tls.as_ref()).await?;
-        let key = base64::engine::general_purpose::STANDARD.encode(rand::rng().random::<[u8; 16]>());
-        let request = format!(
-            "GET /v1/stream HTTP/1.1\r\nHost: {}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\nAuthorization: Bearer {}\r\n\r\n",
-            server.host, seat.credential
-        );
-        stream.write_all(request.as_bytes()).await?;
-        stream.flush().await?;
-        let mut head = Vec::with_capacity(1_024);
-        let end = loop {
-            if let Some(end) = head.windows(4).position(|four| four == b"\r\n\r\n") {
-                break end + 4;
-            }
-            if head.len() > 16 * 1024 || stream.read_buf(&mut head).await? == 0 {
-                return Err(Refusal::Away);
-            }
-        };
-        let status = head.get(9..12).and_then(|code| std::str::from_utf8(code).ok()?.parse::<u16>().ok()).unwrap_or(0);
-        match status {
-            101 => Ok((stream, head.split_off(end))),
-            400..=499 if status != 429 && status != 408 => Err(Refusal::Final(format!("the server refused a stream with status {status}"))),
-            _ => Err(Refusal::Away),
-        }
+        open_stream(&self.servers[seat.server], seat.source, &seat.credential).await
     }
 }
 
-enum Refusal {
+/// Opens the WebSocket; what came behind the answer's head is returned too.
+pub(super) async fn open_stream(
+    server: &Server,
+    source: Option<IpAddr>,
+    credential: &str,
+) -> Result<(Socket, Vec<u8>), Refusal> {
+    let Server { address, host, tls } = server;
+    let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+    if let Some(source) = source {
+        socket.bind(SocketAddr::new(source, 0))?;
+    }
+    let stream = socket.connect(*address).await?;
+    stream.set_nodelay(true)?;
+    let mut stream = Socket::over(stream, tls.as_ref()).await?;
+    let key = base64::engine::general_purpose::STANDARD.encode(rand::rng().random::<[u8; 16]>());
+    let request = format!(
+        "GET /v1/stream HTTP/1.1\r\nHost: {host}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\nAuthorization: Bearer {credential}\r\n\r\n",
+    );
+    stream.write_all(request.as_bytes()).await?;
+    stream.flush().await?;
+    let mut head = Vec::with_capacity(1_024);
+    let end = loop {
+        if let Some(end) = head.windows(4).position(|four| four == b"\r\n\r\n") {
+            break end + 4;
+        }
+        if head.len() > 16 * 1024 || stream.read_buf(&mut head).await? == 0 {
+            return Err(Refusal::Away);
+        }
+    };
+    let status = head.get(9..12).and_then(|code| std::str::from_utf8(code).ok()?.parse::<u16>().ok()).unwrap_or(0);
+    match status {
+        101 => Ok((stream, head.split_off(end))),
+        400..=499 if status != 429 && status != 408 => Err(Refusal::Final(format!("the server refused a stream with status {status}"))),
+        _ => Err(Refusal::Away),
+    }
+}
+
+/// Why a stream was not opened.
+pub(super) enum Refusal {
+    /// Try again.
     Away,
+    /// It never will be.
     Final(String),
 }
 
@@ -568,7 +578,7 @@ impl From<io::Error> for Refusal {
 }
 
 /// The kernel has about 28,000 ports for one pair of addresses; loopback has addresses to spare.
-fn source_address(server: SocketAddr, at: usize) -> Option<IpAddr> {
+pub(super) fn source_address(server: SocketAddr, at: usize) -> Option<IpAddr> {
     let block = at / CONNECTIONS_PER_ADDRESS;
     (server.ip().is_loopback() && server.is_ipv4() && block > 0).then(|| IpAddr::V4(Ipv4Addr::new(127, 0, 0, 1 + block as u8)))
 }

@@ -11,6 +11,7 @@ mod bundles;
 mod crypto;
 mod device;
 mod engine;
+mod groups;
 mod idle;
 pub mod keys;
 mod meter;
@@ -58,6 +59,8 @@ enum Kind {
     Backlog(BacklogArgs),
     /// Fetches key bundles at a rate, and measures how long each takes
     Bundles(BundlesArgs),
+    /// Large MLS groups: messages to all members, and changes
+    Groups(groups::GroupsArgs),
 }
 
 #[derive(Debug, Clone, ClapArgs)]
@@ -222,6 +225,15 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
         }
         Some(Kind::Idle(idle)) => (idle.common.json, on_own_thread(move || idle::run(idle, Progress::on_stderr())).await?),
         Some(Kind::Backlog(backlog)) => (backlog.common.json, on_own_thread(move || backlog::run(backlog, Progress::on_stderr())).await?),
+        Some(Kind::Groups(args)) => {
+            let json = args.json();
+            let report = on_own_thread(move || groups::run(args, Progress::on_stderr())).await?;
+            report.print(json)?;
+            if !report.clean() {
+                bail!("the audit failed: {}", report.findings());
+            }
+            return Ok(());
+        }
         Some(Kind::Bundles(bundles)) => (bundles.common.json, on_own_thread(move || bundles::run(bundles, Progress::on_stderr())).await?),
     };
     report.print(json)?;
@@ -286,6 +298,8 @@ mod tests {
         ));
         assert!(matches!(parse("load backlog --pending 10000 --json").kind, Some(Kind::Backlog(BacklogArgs { pending: 10_000, .. }))));
         assert!(matches!(parse("load bundles --rate 500 --seconds 2").kind, Some(Kind::Bundles(_))));
+        let line = "load groups --server http://127.0.0.1:9 --members 1500 --online 300 --seconds 5 --groups 2 --rate 50 --opaque --json";
+        assert!(matches!(parse(line).kind, Some(Kind::Groups(args)) if args.json()));
     }
 
     #[test]

@@ -122,6 +122,42 @@ pub fn put_ack(out: &mut Vec<u8>, seq: u64) {
     put_varint(out, seq);
 }
 
+/// Appends one `GroupFollow` to a `ClientBatch`.
+pub fn put_follow(out: &mut Vec<u8>, group: &[u8; 16]) {
+    out.extend_from_slice(&[tag(1, LEN), 20, tag(3, LEN), 18, tag(1, LEN), 16]);
+    out.extend_from_slice(group);
+}
+
+/// Appends one `GroupSend` to a `ClientBatch`; the content comes in two parts.
+pub fn put_group_send(out: &mut Vec<u8>, group: &[u8; 16], request: u64, id: u64, epoch: u64, head: &[u8], tail: &[u8]) {
+    let content = head.len() + tail.len();
+    let number_len = |value| if value == 0 { 0 } else { 1 + varint_len(value) };
+    let send = number_len(request) + 18 + number_len(id) + number_len(epoch) + 1 + varint_len(content as u64) + content;
+    let frame = 1 + varint_len(send as u64) + send;
+    out.reserve(1 + varint_len(frame as u64) + frame);
+    let number = |out: &mut Vec<u8>, field, value| {
+        // As Protobuf writes them: what is 0 is left out.
+        if value != 0 {
+            out.push(tag(field, VARINT));
+            put_varint(out, value);
+        }
+    };
+    let length = |out: &mut Vec<u8>, field, value: usize| {
+        out.push(tag(field, LEN));
+        put_varint(out, value as u64);
+    };
+    length(out, 1, frame);
+    length(out, 4, send);
+    number(out, 1, request);
+    length(out, 2, 16);
+    out.extend_from_slice(group);
+    number(out, 3, id);
+    number(out, 4, epoch);
+    length(out, 5, content);
+    out.extend_from_slice(head);
+    out.extend_from_slice(tail);
+}
+
 /// A frame of a `ServerBatch`, as far as a load generator looks at it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Seen<'a> {
@@ -175,8 +211,38 @@ pub enum Seen<'a> {
         /// When to come back.
         retry_after_ms: u32,
     },
+    /// An item of a group.
+    Item(Item<'a>),
+    /// Where a group is.
+    Head {
+        /// Which.
+        group: &'a [u8],
+        /// 0 is followed.
+        code: u32,
+        /// Its last item.
+        seq: u64,
+    },
     /// One this tool does not look at.
     Other,
+}
+
+/// An item of a group, as far as a load generator looks at it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Item<'a> {
+    /// Its position.
+    pub seq: u64,
+    /// That of the item before it.
+    pub after: u64,
+    /// `GroupItemKind`.
+    pub kind: u32,
+    /// The epoch that it is of.
+    pub epoch: u64,
+    /// Sender's account.
+    pub sender_account: &'a [u8],
+    /// Of messages.
+    pub client_message_id: u64,
+    /// An MLSMessage.
+    pub content: &'a [u8],
 }
 
 /// Fields of one Protobuf message.
@@ -273,8 +339,40 @@ fn seen(field: u64, body: Fields<'_>) -> Result<Seen<'_>, Malformed> {
             let [reason, retry] = body.numbers()?;
             Seen::Closing { reason: reason as u32, retry_after_ms: retry as u32 }
         }
+        11 => Seen::Item(item(body)?),
+        12 => head(body)?,
         _ => Seen::Other,
     })
+}
+
+fn item(mut body: Fields<'_>) -> Result<Item<'_>, Malformed> {
+    let mut item = Item::default();
+    while let Some((field, value)) = body.next()? {
+        match (field, value) {
+            (2, Value::Number(number)) => item.seq = number,
+            (3, Value::Number(number)) => item.after = number,
+            (4, Value::Number(number)) => item.kind = number as u32,
+            (5, Value::Number(number)) => item.epoch = number,
+            (6, Value::Bytes(bytes)) => item.sender_account = bytes,
+            (8, Value::Number(number)) => item.client_message_id = number,
+            (10, Value::Bytes(bytes)) => item.content = bytes,
+            _ => {}
+        }
+    }
+    Ok(item)
+}
+
+fn head(mut body: Fields<'_>) -> Result<Seen<'_>, Malformed> {
+    let (mut group, mut code, mut seq) = (&[][..], 0, 0);
+    while let Some((field, value)) = body.next()? {
+        match (field, value) {
+            (1, Value::Bytes(bytes)) => group = bytes,
+            (2, Value::Number(number)) => code = number as u32,
+            (3, Value::Number(number)) => seq = number,
+            _ => {}
+        }
+    }
+    Ok(Seen::Head { group, code, seq })
 }
 
 fn envelope(mut body: Fields<'_>) -> Result<Seen<'_>, Malformed> {
@@ -364,6 +462,22 @@ mod tests {
         }
 
         #[test]
+        fn frames_to_groups_are_what_the_schema_says(
+            group in any::<[u8; 16]>(), request in 1u64.., id in 1u64.., epoch in 0u64..300, payload in prop::collection::vec(any::<u8>(), 1..2_000)
+        ) {
+            let mut out = Vec::new();
+            let cut = payload.len().min(64);
+            put_follow(&mut out, &group);
+            put_group_send(&mut out, &group, request, id, epoch, &payload[..cut], &payload[cut..]);
+            let group_id = Bytes::copy_from_slice(&group);
+            let follow = stream::GroupFollow { group_id: group_id.clone(), stop: false };
+            let send = stream::GroupSend { request_id: request, group_id, client_message_id: id, epoch, content: payload.into() };
+            let frames = [stream::client_frame::Frame::GroupFollow(follow), stream::client_frame::Frame::GroupSend(send)];
+            let frames = frames.into_iter().map(|frame| stream::ClientFrame { frame: Some(frame) }).collect();
+            prop_assert_eq!(out, stream::ClientBatch { frames }.encode_to_vec());
+        }
+
+        #[test]
         fn arbitrary_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
             let _ = each_frame(&bytes, |_| Ok(()));
         }
@@ -401,6 +515,19 @@ mod tests {
             Frame::QueueEmpty(stream::QueueEmpty { seq: 301 }),
             Frame::Gap(stream::Gap { from: 302, to: 305, reason: 1 }),
             Frame::PrekeysLow(stream::PrekeysLow::default()),
+            Frame::GroupItem(stream::GroupItem {
+                group_id: Bytes::from_static(&[7; 16]),
+                seq: 12,
+                after: 9,
+                kind: 4,
+                epoch: 3,
+                sender_account: Bytes::from_static(&[9; 16]),
+                sender_device: 1,
+                client_message_id: 5,
+                accepted_ms: 1 << 40,
+                content: Bytes::from_static(b"opaque"),
+            }),
+            Frame::GroupHead(stream::GroupHead { group_id: Bytes::from_static(&[7; 16]), code: 3, seq: 12, epoch: 3 }),
             Frame::Closing(stream::Closing { reason: 3, retry_after_ms: 100 }),
         ];
         let frames = frames.into_iter().map(|frame| stream::ServerFrame { frame: Some(frame) }).collect();
@@ -423,6 +550,16 @@ mod tests {
                 Seen::QueueEmpty,
                 Seen::Gap { to: 305 },
                 Seen::Other,
+                Seen::Item(Item {
+                    seq: 12,
+                    after: 9,
+                    kind: 4,
+                    epoch: 3,
+                    sender_account: &account,
+                    client_message_id: 5,
+                    content: b"opaque",
+                }),
+                Seen::Head { group: &[7; 16], code: 3, seq: 12 },
                 Seen::Closing { reason: 3, retry_after_ms: 100 },
             ]
         );

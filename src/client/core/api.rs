@@ -444,22 +444,22 @@ impl<H: Http> Api<H> {
         self.done(Method::Post, format!("/v1/accounts/{to}/messages"), Some(json(&body)?)).await
     }
 
-    async fn call<T: DeserializeOwned>(&self, method: Method, path: String, body: Option<Vec<u8>>) -> Result<T, ApiError> {
+    pub(super) async fn call<T: DeserializeOwned>(&self, method: Method, path: String, body: Option<Vec<u8>>) -> Result<T, ApiError> {
         let bytes = self.exchange(method, path, body).await?;
         serde_json::from_slice(&bytes).map_err(|error| ApiError::NotUnderstood(error.to_string()))
     }
 
-    async fn done(&self, method: Method, path: String, body: Option<Vec<u8>>) -> Result<(), ApiError> {
+    pub(super) async fn done(&self, method: Method, path: String, body: Option<Vec<u8>>) -> Result<(), ApiError> {
         self.exchange(method, path, body).await.map(|_| ())
     }
 
-    async fn exchange(&self, method: Method, path: String, body: Option<Vec<u8>>) -> Result<Vec<u8>, ApiError> {
+    pub(super) async fn exchange(&self, method: Method, path: String, body: Option<Vec<u8>>) -> Result<Vec<u8>, ApiError> {
         let response = self.http.call(HttpRequest { method, path, credential: self.credential.clone(), body }).await?;
         if (200..300).contains(&response.status) { Ok(response.body) } else { Err(refusal(&response)) }
     }
 }
 
-fn json<T: Serialize>(value: &T) -> Result<Vec<u8>, ApiError> {
+pub(super) fn json<T: Serialize>(value: &T) -> Result<Vec<u8>, ApiError> {
     serde_json::to_vec(value).map_err(|error| ApiError::NotUnderstood(error.to_string()))
 }
 

@@ -7,6 +7,7 @@
 
 pub mod api;
 pub mod content;
+pub mod group_api;
 pub mod groups;
 pub mod inbox;
 pub mod keys;

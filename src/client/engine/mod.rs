@@ -1,9 +1,11 @@
 //! The running client: connects, keeps connected, and does what the server asks for.
 
+mod groups;
 mod session;
 mod work;
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::sync::{broadcast, watch};
@@ -18,6 +20,7 @@ use super::store::{Credential, Error, Store};
 use super::transport::HttpTransport;
 use super::types::{Connection, Live};
 use crate::clock::{Clock, Random};
+use crate::ids::GroupId;
 
 /// What only is worth knowing now is dropped for readers that are this far behind.
 const LIVE_QUEUE: usize = 256;
@@ -36,6 +39,8 @@ pub(super) struct Inner {
     pub random: Arc<dyn Random>,
     pub connection: watch::Sender<Connection>,
     pub live: broadcast::Sender<Live>,
+    /// Changes of one group are made one after the other.
+    group_locks: Mutex<HashMap<GroupId, Arc<tokio::sync::Mutex<()>>>>,
 }
 
 impl Inner {
@@ -43,7 +48,7 @@ impl Inner {
         let api = Api::new(http.clone(), Some(Zeroizing::new(credential.secret.to_string())));
         let (connection, _) = watch::channel(Connection::Stopped);
         let (live, _) = broadcast::channel(LIVE_QUEUE);
-        Self { store, http, api, credential, clock, random, connection, live }
+        Self { store, http, api, credential, clock, random, connection, live, group_locks: Mutex::default() }
     }
 
     fn set_connection(&self, state: Connection) {

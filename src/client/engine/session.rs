@@ -1,6 +1,6 @@
 //! One connection: frames in, frames out, and the work they call for.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,11 +14,13 @@ use super::work::WorkError;
 use super::{End, HOUSEKEEPING, Inner, stopped};
 use crate::client::core::ordering::Acks;
 use crate::client::core::repair::{self, Answer, Next};
+use crate::client::store::is_group_request;
 use crate::client::transport::{self, ConnectError, Incoming, Outgoing};
 use crate::client::types::Connection;
-use crate::ids::{AccountId, DeviceId, Identity, Seq};
+use crate::ids::{AccountId, DeviceId, GroupId, Identity, Seq};
+use crate::limits;
 use crate::wire::stream::{
-    Ack, ClientFrame, CloseReason, Closing, Code, Hello, SendResult, ServerFrame, client_frame, server_frame::Frame,
+    Ack, ClientFrame, CloseReason, Closing, Code, GroupFollow, GroupHead, Hello, SendResult, ServerFrame, client_frame, server_frame::Frame,
 };
 
 /// Requests of one connection without an answer.
@@ -33,6 +35,8 @@ const WRITE_QUEUE: usize = 8;
 const WORK: usize = 8;
 /// How often waits are looked at.
 const TICK: Duration = Duration::from_millis(250);
+/// How often what has its own time in groups is looked for.
+const LOOK: Duration = Duration::from_secs(1);
 /// How long a shutdown waits for the socket to take what is left.
 const GOODBYE: Duration = Duration::from_secs(2);
 /// Silence allowed before `Hello` says what the server's heartbeat is.
@@ -45,6 +49,8 @@ enum Work {
     Resolve(Identity),
     OwnAccount,
     Keys,
+    KeyPackages,
+    Group(GroupId),
 }
 
 struct Session<'i> {
@@ -60,6 +66,9 @@ struct Session<'i> {
     pinged: bool,
     live: bool,
     housekeeping: Instant,
+    looked: Instant,
+    /// Groups whose items the stream carries.
+    followed: HashSet<GroupId>,
 }
 
 /// Connects and serves the connection until it ends.
@@ -94,6 +103,8 @@ pub(super) async fn run(inner: &Arc<Inner>, stop: &mut watch::Receiver<bool>) ->
         pinged: false,
         live: false,
         housekeeping: Instant::now(),
+        looked: Instant::now(),
+        followed: HashSet::new(),
     };
     let end = session.serve(stream, stop).await;
     session.work.shutdown().await;
@@ -129,6 +140,10 @@ impl Session<'_> {
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         self.start(Work::OwnAccount);
         self.start(Work::Keys);
+        self.start(Work::KeyPackages);
+        if let Err(end) = self.look_for_work().await {
+            return end;
+        }
         loop {
             let outcome = tokio::select! {
                 () = stopped(stop) => Err(End::Shutdown),
@@ -204,7 +219,8 @@ impl Session<'_> {
                 let processed = db.process(&job)?;
                 let mut signed_out = false;
                 for (id, answer) in &answers {
-                    signed_out |= db.answered(*id, answer)? == Next::SignedOut;
+                    let next = if is_group_request(*id) { db.group_answered(*id, answer)? } else { db.answered(*id, answer)? };
+                    signed_out |= next == Next::SignedOut;
                 }
                 Ok((processed, signed_out))
             })
@@ -224,7 +240,9 @@ impl Session<'_> {
                     self.inner.set_connection(Connection::Live);
                 }
                 Some(Frame::PrekeysLow(_)) => self.start(Work::Keys),
+                Some(Frame::KeyPackagesLow(_)) => self.start(Work::KeyPackages),
                 Some(Frame::AccountChanged(_)) => self.start(Work::OwnAccount),
+                Some(Frame::GroupHead(head)) => self.head(head),
                 Some(Frame::Closing(closing)) => return Err(self.closing(closing)),
                 _ => {}
             }
@@ -238,6 +256,13 @@ impl Session<'_> {
         self.acks = Acks::new(cursor, Seq(hello.cursor));
         if hello.heartbeat_ms > 0 {
             self.heartbeat = Duration::from_millis(u64::from(hello.heartbeat_ms));
+        }
+    }
+
+    /// A group that the server can't let this stream follow now is asked for again at a later look.
+    fn head(&mut self, head: &GroupHead) {
+        if let (Code::Unavailable, Ok(group)) = (head.code(), GroupId::from_slice(&head.group_id)) {
+            self.followed.remove(&group);
         }
     }
 
@@ -273,13 +298,19 @@ impl Session<'_> {
                 return if self.writes.is_closed() { Err(self.lost("the socket does not take more")) } else { Ok(()) };
             };
             let (in_flight, limit) = (self.in_flight.clone(), FRAMES_PER_MESSAGE.min(IN_FLIGHT - self.in_flight.len()));
-            let ready = self.inner.store.run(move |db| db.ready(&in_flight, limit)).await.map_err(|error| self.lost(error))?;
-            if ready.is_empty() {
+            let job = move |db: &crate::client::store::Db| {
+                let ready = db.ready(&in_flight, limit)?;
+                let left = limit - ready.len();
+                Ok((ready, if left > 0 { db.ready_for_groups(&in_flight, left)? } else { Vec::new() }))
+            };
+            let (ready, for_groups) = self.inner.store.run(job).await.map_err(|error| self.lost(error))?;
+            if ready.is_empty() && for_groups.is_empty() {
                 return Ok(());
             }
-            self.in_flight.extend(ready.iter().map(|ready| ready.id));
-            let frames = ready.into_iter().map(|ready| ClientFrame { frame: Some(client_frame::Frame::Send(ready.send)) });
-            permit.send(transport::message(frames.collect()));
+            self.in_flight.extend(ready.iter().map(|ready| ready.id).chain(for_groups.iter().map(|ready| ready.id)));
+            let frames = ready.into_iter().map(|ready| client_frame::Frame::Send(ready.send));
+            let frames = frames.chain(for_groups.into_iter().map(|ready| client_frame::Frame::GroupSend(ready.send)));
+            permit.send(transport::message(frames.map(|frame| ClientFrame { frame: Some(frame) }).collect()));
         }
         Ok(())
     }
@@ -296,6 +327,10 @@ impl Session<'_> {
         if self.housekeeping.elapsed() > HOUSEKEEPING {
             self.housekeeping = Instant::now();
             self.start(Work::Keys);
+            self.start(Work::KeyPackages);
+        }
+        if self.looked.elapsed() > LOOK {
+            self.look_for_work().await?;
         }
         let due: Vec<Work> =
             self.pending.iter().filter(|(_, (_, at))| at.is_some_and(|at| at <= Instant::now())).map(|(work, _)| work.clone()).collect();
@@ -303,14 +338,38 @@ impl Session<'_> {
         Ok(())
     }
 
-    /// Messages that wait for sessions, and identities that somebody claims, are work.
+    /// Messages that wait for sessions, identities that somebody claims, and groups with something to do are work.
     async fn look_for_work(&mut self) -> Result<(), End> {
-        let found = self.inner.store.run(|db| Ok((db.waiting()?, db.claims(WORK)?))).await;
-        let (waiting, claims) = found.map_err(|error| self.lost(error))?;
+        self.looked = Instant::now();
+        let found = self.inner.store.run(|db| Ok((db.waiting()?, db.claims(WORK)?, db.groups_with_tasks()?, db.groups_to_follow()?)));
+        let (waiting, claims, groups, follow) = found.await.map_err(|error| self.lost(error))?;
+        self.follow(follow)?;
         let work = waiting.into_iter().map(Work::Repair).chain(claims.into_iter().map(Work::Resolve));
+        let work = work.chain(groups.into_iter().map(Work::Group));
         for work in work {
             if !self.pending.contains_key(&work) {
                 self.start(work);
+            }
+        }
+        Ok(())
+    }
+
+    /// Asks for the items of groups that the stream does not carry yet, as far as the socket takes it; a later look goes on.
+    fn follow(&mut self, groups: Vec<GroupId>) -> Result<(), End> {
+        let wanted: Vec<GroupId> = groups
+            .into_iter()
+            .filter(|group| !self.followed.contains(group))
+            .take(limits::GROUPS_PER_ACCOUNT - self.followed.len())
+            .collect();
+        for chunk in wanted.chunks(FRAMES_PER_MESSAGE) {
+            let frame = |group: &GroupId| {
+                let follow = GroupFollow { group_id: bytes::Bytes::copy_from_slice(group.as_bytes()), stop: false };
+                ClientFrame { frame: Some(client_frame::Frame::GroupFollow(follow)) }
+            };
+            match self.writes.try_send(transport::message(chunk.iter().map(frame).collect())) {
+                Ok(()) => self.followed.extend(chunk.iter().copied()),
+                Err(mpsc::error::TrySendError::Full(_)) => return Ok(()),
+                Err(mpsc::error::TrySendError::Closed(_)) => return Err(self.lost("the socket does not take more")),
             }
         }
         Ok(())
@@ -335,6 +394,8 @@ impl Session<'_> {
                 Work::Resolve(identity) => inner.resolve(identity).await.map(|_| ()),
                 Work::OwnAccount => inner.refresh_own().await,
                 Work::Keys => inner.maintain_keys().await,
+                Work::KeyPackages => inner.maintain_key_packages().await,
+                Work::Group(group) => inner.work_in_group(*group).await,
             };
             (work, result)
         });
@@ -348,7 +409,8 @@ impl Session<'_> {
             Err(WorkError::Api(error)) if error.code() == Some(Code::Unauthenticated) => return Err(End::SignedOut),
             // Nobody's identity: the claim is settled.
             Err(WorkError::Api(error)) if matches!(work, Work::Resolve(_)) && !error.is_transient() => {}
-            Err(WorkError::Store(error)) => return Err(self.lost(error)),
+            // Of that group only: tried again later, the connection is not to blame.
+            Err(WorkError::Store(error)) if !super::groups::is_groups_own(&error) => return Err(self.lost(error)),
             Err(error) => {
                 tracing::info!(%error, "work for the directory is tried again later");
                 let wait = Duration::from_millis(repair::backoff(attempts, &*self.inner.random));

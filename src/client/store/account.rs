@@ -162,6 +162,7 @@ impl Db {
         self.set_own_identities(&account.identities)?;
         if known && before != (self.devices(own.account)?, self.own_identities()?) {
             self.tell(&Event::OwnAccountChanged)?;
+            self.own_devices_changed()?;
         }
         self.mark(|changed| changed.outgoing = true);
         Ok(())

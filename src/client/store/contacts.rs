@@ -37,7 +37,7 @@ impl Db {
     }
 
     /// The identities of an account that the directory confirmed.
-    pub(super) fn identities_of(&self, account: AccountId) -> Result<Vec<Identity>, Error> {
+    pub(in crate::client) fn identities_of(&self, account: AccountId) -> Result<Vec<Identity>, Error> {
         let mut select = self.connection.prepare_cached("SELECT identity FROM contact_identities WHERE account = ?1 ORDER BY identity")?;
         let texts: Vec<String> = select.query_map([account], |row| row.get(0))?.collect::<rusqlite::Result<_>>()?;
         Ok(texts.iter().filter_map(|text| text.parse().ok()).collect())

@@ -37,6 +37,8 @@ impl Db {
                         self.pass(gap.to)?;
                     }
                 }
+                Some(Frame::GroupItem(item)) => self.group_item(item)?,
+                Some(Frame::GroupHead(head)) => self.group_followed(head)?,
                 // The connection's own business.
                 Some(
                     Frame::Result(_)
@@ -44,9 +46,7 @@ impl Db {
                     | Frame::PrekeysLow(_)
                     | Frame::KeyPackagesLow(_)
                     | Frame::Closing(_)
-                    | Frame::AccountChanged(_)
-                    | Frame::GroupItem(_)
-                    | Frame::GroupHead(_),
+                    | Frame::AccountChanged(_),
                 )
                 | None => {}
             }
@@ -95,6 +95,13 @@ impl Db {
             return self.pass(seq).map(|()| None);
         };
         let from = DeviceAddr { account, device };
+        if envelope.r#type() == EnvelopeType::Mls {
+            if ordering::is_new(self.cursor()?, seq) {
+                self.invitation(DeviceAddr { account, device }, envelope)?;
+                self.pass(seq)?;
+            }
+            return Ok(None);
+        }
         let id = ClientMessageId(envelope.client_message_id);
         let kind = u8::try_from(envelope.r#type).unwrap_or_default();
         let incoming = Incoming { seq, from, client_message_id: id, kind, content: &envelope.content };
@@ -136,7 +143,7 @@ impl Db {
             Some(Kind::Sent(_)) => Ok(None),
             _ if from.account == own.account => Ok(None),
             Some(Kind::Typing(typing)) => Ok(Some(Live::Typing { account: from.account, started: typing.started })),
-            _ => self.apply(from.account, from.account, content, Status::Delivered).map(|()| None),
+            _ => self.apply(from.account.into(), from.account, content, Status::Delivered).map(|()| None),
         }
     }
 
@@ -146,7 +153,7 @@ impl Db {
             self.claim(&sent.destination_identity, destination)?;
         }
         let Some(inner) = &sent.content else { return Ok(()) };
-        self.apply(destination, own, inner, Status::Sent)
+        self.apply(destination.into(), own, inner, Status::Sent)
     }
 
     /// Begins anew with the device, and asks it to repeat; both go with the next message to its account.

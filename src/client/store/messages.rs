@@ -6,7 +6,7 @@ use rusqlite::{OptionalExtension as _, Row, params};
 use super::outgoing::Sending;
 use super::{Db, Error, sql};
 use crate::client::core::content::{self, Content, Kind, MessageId, proto};
-use crate::client::types::{Conversation, Event, Failure, Message, Status, Trust};
+use crate::client::types::{Conversation, ConversationId, Event, Failure, Message, Status, Trust};
 use crate::ids::AccountId;
 
 /// Contents kept for messages that are not there yet; the oldest go past that.
@@ -14,8 +14,7 @@ const EARLY: i64 = 1_000;
 /// Reactions kept for one message.
 const REACTIONS: i64 = 1_000;
 
-const COLUMNS: &str =
-    "id, conversation, author, message_id, sent_ms, body, reply_author, reply_id, edited_ms, status, failure, expires_ms, unread";
+const COLUMNS: &str = "id, conversation, author, message_id, sent_ms, body, reply_author, reply_id, edited_ms, status, failure, expires_ms, unread, group_seq";
 
 impl Db {
     /// Sends something to an account: applied here, and put on its way.
@@ -32,7 +31,7 @@ impl Db {
         let content = content::new(kind, self.now(), self.writes_as()?.as_ref(), &*self.random);
         content::check(&content)?;
         let id = content::id_of(&content)?;
-        let message = self.apply_own(own, to, &content)?;
+        let message = self.apply_own(own, to.into(), &content)?;
         let how = Sending { urgent, ephemeral: false, message, tick: matches!(content.kind, Some(Kind::Text(_))) };
         if to == own {
             let sent = content::transcript(content, own, None, crate::ids::ClientMessageId(0));
@@ -51,7 +50,7 @@ impl Db {
     }
 
     /// Applies what this device sends; the message whose text the content holds, if it does.
-    fn apply_own(&self, own: AccountId, to: AccountId, content: &Content) -> Result<Option<MessageId>, Error> {
+    pub(super) fn apply_own(&self, own: AccountId, to: ConversationId, content: &Content) -> Result<Option<MessageId>, Error> {
         let exists = |author: AccountId, id: &[u8]| -> Result<MessageId, Error> {
             let id = content::id(id)?;
             let found = self.message(author, id)?.filter(|message| message.conversation == to && message.body.is_some());
@@ -80,8 +79,10 @@ impl Db {
     }
 
     /// Applies a content to a conversation. `author` is who did it: proven by the session it came through, or this account.
-    pub(super) fn apply(&self, conversation: AccountId, author: AccountId, content: &Content, status: Status) -> Result<(), Error> {
-        self.contact(conversation)?;
+    pub(super) fn apply(&self, conversation: ConversationId, author: AccountId, content: &Content, status: Status) -> Result<(), Error> {
+        if let ConversationId::Account(account) = conversation {
+            self.contact(account)?;
+        }
         match &content.kind {
             Some(Kind::Text(text)) => self.apply_text(conversation, author, content, text, status),
             Some(Kind::Edit(edit)) => self.apply_edit(conversation, author, content, edit),
@@ -89,16 +90,25 @@ impl Db {
             Some(Kind::Reaction(reaction)) => self.apply_reaction(conversation, author, content, reaction),
             Some(Kind::Read(read)) => self.apply_read(conversation, author, read),
             Some(Kind::ExpireTimer(timer)) => {
-                self.connection.execute("UPDATE contacts SET expire_s = ?2 WHERE account = ?1", params![conversation, timer.seconds])?;
+                match conversation {
+                    ConversationId::Account(account) => {
+                        self.connection.execute("UPDATE contacts SET expire_s = ?2 WHERE account = ?1", params![account, timer.seconds])?
+                    }
+                    ConversationId::Group(group) => {
+                        self.connection.execute("UPDATE groups SET expire_s = ?2 WHERE id = ?1", params![group, timer.seconds])?
+                    }
+                };
                 self.tell(&Event::ExpireTimer { conversation, by: author, seconds: timer.seconds })
             }
+            // Of groups only, and handled there.
+            Some(Kind::GroupRead(_)) => Ok(()),
             Some(Kind::Typing(_) | Kind::Sent(_) | Kind::Retry(_) | Kind::Nothing(_)) | None => Ok(()),
         }
     }
 
     fn apply_text(
         &self,
-        conversation: AccountId,
+        conversation: ConversationId,
         author: AccountId,
         content: &Content,
         text: &proto::Text,
@@ -140,7 +150,7 @@ impl Db {
         self.apply_early(conversation, author, message_id)
     }
 
-    fn apply_edit(&self, conversation: AccountId, author: AccountId, content: &Content, edit: &proto::Edit) -> Result<(), Error> {
+    fn apply_edit(&self, conversation: ConversationId, author: AccountId, content: &Content, edit: &proto::Edit) -> Result<(), Error> {
         let message_id = content::id(&edit.message_id)?;
         let Some(message) = self.in_conversation(conversation, author, message_id)? else {
             return self.keep_early(author, message_id, author, content);
@@ -155,7 +165,7 @@ impl Db {
         self.tell(&Event::Edited { conversation: message.conversation, author, message_id })
     }
 
-    fn apply_delete(&self, conversation: AccountId, author: AccountId, content: &Content, message_id: MessageId) -> Result<(), Error> {
+    fn apply_delete(&self, conversation: ConversationId, author: AccountId, content: &Content, message_id: MessageId) -> Result<(), Error> {
         if self.in_conversation(conversation, author, message_id)?.is_none() {
             return self.keep_early(author, message_id, author, content);
         }
@@ -168,7 +178,13 @@ impl Db {
         self.tell(&Event::Deleted { conversation, author, message_id })
     }
 
-    fn apply_reaction(&self, conversation: AccountId, by: AccountId, content: &Content, reaction: &proto::Reaction) -> Result<(), Error> {
+    fn apply_reaction(
+        &self,
+        conversation: ConversationId,
+        by: AccountId,
+        content: &Content,
+        reaction: &proto::Reaction,
+    ) -> Result<(), Error> {
         let Some(target) = &reaction.target else { return Ok(()) };
         let (author, message_id) = (content::account(&target.author)?, content::id(&target.message_id)?);
         let Some(message) = self.in_conversation(conversation, author, message_id)? else {
@@ -190,7 +206,7 @@ impl Db {
         self.tell(&Event::Reacted { conversation, author, message_id, by, emoji })
     }
 
-    fn apply_read(&self, conversation: AccountId, by: AccountId, read: &proto::ReadReceipt) -> Result<(), Error> {
+    fn apply_read(&self, conversation: ConversationId, by: AccountId, read: &proto::ReadReceipt) -> Result<(), Error> {
         let own = self.own()?.account;
         let ids = read.message_ids.iter().map(|bytes| content::id(bytes)).collect::<Result<Vec<_>, _>>()?;
         if by != own {
@@ -217,7 +233,7 @@ impl Db {
         Ok(())
     }
 
-    fn apply_early(&self, conversation: AccountId, author: AccountId, message_id: MessageId) -> Result<(), Error> {
+    fn apply_early(&self, conversation: ConversationId, author: AccountId, message_id: MessageId) -> Result<(), Error> {
         let mut select =
             self.connection.prepare_cached("SELECT sender, content FROM early WHERE author = ?1 AND message_id = ?2 ORDER BY id")?;
         let rows = select.query_map(params![author, message_id], |row| Ok((row.get(0)?, row.get(1)?)))?;
@@ -233,7 +249,7 @@ impl Db {
         Ok(())
     }
 
-    fn in_conversation(&self, conversation: AccountId, author: AccountId, id: MessageId) -> Result<Option<Message>, Error> {
+    fn in_conversation(&self, conversation: ConversationId, author: AccountId, id: MessageId) -> Result<Option<Message>, Error> {
         Ok(self.message(author, id)?.filter(|message| message.conversation == conversation))
     }
 
@@ -243,7 +259,7 @@ impl Db {
         let mut update = self.connection.prepare_cached(
             "UPDATE messages SET status = ?3 WHERE author = ?1 AND message_id = ?2 AND status < ?3 AND status != 4 RETURNING conversation",
         )?;
-        let changed: Option<AccountId> = update.query_row(params![own, message_id, status as i64], |row| row.get(0)).optional()?;
+        let changed: Option<ConversationId> = update.query_row(params![own, message_id, status as i64], |row| row.get(0)).optional()?;
         match changed {
             Some(conversation) => self.tell(&Event::Tick { conversation, message_id, status }),
             None => Ok(()),
@@ -256,14 +272,14 @@ impl Db {
         let mut update = self.connection.prepare_cached(
             "UPDATE messages SET status = 4, failure = ?3 WHERE author = ?1 AND message_id = ?2 AND status < 2 RETURNING conversation",
         )?;
-        let changed: Option<AccountId> = update.query_row(params![own, message_id, failure], |row| row.get(0)).optional()?;
+        let changed: Option<ConversationId> = update.query_row(params![own, message_id, failure], |row| row.get(0)).optional()?;
         match changed {
             Some(conversation) => self.tell(&Event::Failed { conversation, message_id, reason }),
             None => Ok(()),
         }
     }
 
-    fn set_read(&self, conversation: AccountId, id: MessageId) -> Result<bool, Error> {
+    pub(super) fn set_read(&self, conversation: ConversationId, id: MessageId) -> Result<bool, Error> {
         let mut update = self.connection.prepare_cached(
             "UPDATE messages SET unread = 0, status = 3, expires_ms = CASE WHEN expire_s > 0 THEN ?3 + expire_s * 1000 END
              WHERE conversation = ?1 AND message_id = ?2 AND unread = 1",
@@ -274,7 +290,8 @@ impl Db {
     }
 
     /// The person has read the conversation, up to a position in the history: tells the author, and one's own other devices.
-    pub(in crate::client) fn mark_read(&self, conversation: AccountId, up_to: u64) -> Result<usize, Error> {
+    pub(in crate::client) fn mark_read(&self, account: AccountId, up_to: u64) -> Result<usize, Error> {
+        let conversation = ConversationId::Account(account);
         let mut select =
             self.connection.prepare_cached("SELECT message_id FROM messages WHERE conversation = ?1 AND unread = 1 AND id <= ?2")?;
         let rows = select.query_map(params![conversation, sql::int(up_to)], |row| row.get(0))?;
@@ -282,11 +299,11 @@ impl Db {
         for id in &ids {
             self.set_read(conversation, *id)?;
         }
-        if !self.is_deleted(conversation)? {
+        if !self.is_deleted(account)? {
             for chunk in ids.chunks(content::READ_RECEIPT_IDS) {
                 let message_ids = chunk.iter().map(|id| bytes::Bytes::copy_from_slice(&id.0)).collect();
                 let kind = Kind::Read(proto::ReadReceipt { message_ids });
-                self.enqueue(conversation, &content::new(kind, self.now(), None, &*self.random), Sending::default())?;
+                self.enqueue(account, &content::new(kind, self.now(), None, &*self.random), Sending::default())?;
             }
         }
         Ok(ids.len())
@@ -302,7 +319,13 @@ impl Db {
     }
 
     /// A part of a conversation's history: up to `limit` messages before a position, oldest first.
-    pub(in crate::client) fn history(&self, conversation: AccountId, before: u64, limit: usize) -> Result<Vec<Message>, Error> {
+    pub(in crate::client) fn history(
+        &self,
+        conversation: impl Into<ConversationId>,
+        before: u64,
+        limit: usize,
+    ) -> Result<Vec<Message>, Error> {
+        let conversation = conversation.into();
         let query = format!("SELECT {COLUMNS} FROM messages WHERE conversation = ?1 AND id < ?2 ORDER BY id DESC LIMIT ?3");
         let own = self.own()?.account;
         let mut select = self.connection.prepare_cached(&query)?;
@@ -351,7 +374,7 @@ impl Db {
         let now = sql::int(self.now().0);
         let mut select = self.connection.prepare_cached("SELECT conversation, author, message_id FROM messages WHERE expires_ms <= ?1")?;
         let rows = select.query_map([now], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))?;
-        let over: Vec<(AccountId, AccountId, MessageId)> = rows.collect::<rusqlite::Result<_>>()?;
+        let over: Vec<(ConversationId, AccountId, MessageId)> = rows.collect::<rusqlite::Result<_>>()?;
         let own = self.own()?.account;
         let removed = over.len();
         for (conversation, author, message_id) in over {
@@ -387,6 +410,7 @@ fn read_message(row: &Row<'_>, own: AccountId) -> rusqlite::Result<Message> {
         failure: failure.and_then(|json| serde_json::from_str(&json).ok()),
         reactions: Vec::new(),
         expires_ms: row.get::<_, Option<i64>>(11)?.map(sql::uint),
+        group_seq: row.get::<_, Option<i64>>(13)?.filter(|seq| *seq > 0).map(sql::uint),
     })
 }
 

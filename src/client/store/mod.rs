@@ -12,6 +12,7 @@
 mod account;
 mod contacts;
 mod events;
+mod groups;
 mod incoming;
 mod messages;
 mod outgoing;
@@ -19,7 +20,8 @@ mod schema;
 mod sql;
 mod state;
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -27,11 +29,14 @@ use rusqlite::Connection;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 use super::core::content::Invalid;
+use super::core::groups::Group;
 use super::core::state::{StateTx, StorageError};
-use super::core::{groups, keys, signal};
+use super::core::{groups as mls_groups, keys, signal};
 use crate::clock::{Clock, Random, UnixMillis};
+use crate::ids::GroupId;
 
 pub(super) use account::Credential;
+pub(super) use groups::{Intent, Submission, Task, Verdict, is_group_request};
 
 /// Jobs that may wait for the store's thread; callers wait past that.
 const JOBS: usize = 256;
@@ -90,7 +95,7 @@ pub enum Error {
     Keys(#[from] keys::Error),
     /// See there.
     #[error(transparent)]
-    Groups(#[from] groups::Error),
+    Groups(#[from] mls_groups::Error),
 }
 
 impl From<rusqlite::Error> for Error {
@@ -114,6 +119,8 @@ pub(super) struct Db {
     clock: Arc<dyn Clock>,
     random: Arc<dyn Random>,
     changed: Cell<Changed>,
+    /// Groups in memory as the open transaction has them.
+    open_groups: RefCell<HashMap<GroupId, Group>>,
 }
 
 /// What a commit must wake up.
@@ -177,7 +184,7 @@ impl Store {
         let (events_tx, events) = watch::channel(newest);
         let (outgoing, expiry) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
         let wakes = Wakes { events: events_tx, outgoing: outgoing.clone(), expiry: expiry.clone() };
-        let db = Db { connection, clock, random, changed: Cell::default() };
+        let db = Db { connection, clock, random, changed: Cell::default(), open_groups: RefCell::default() };
         std::thread::Builder::new().name("sealpost-store".into()).spawn(move || serve(db, queue, &wakes))?;
         Ok(Self { jobs, events, outgoing, expiry })
     }
@@ -298,6 +305,7 @@ fn commit(db: &Db, first: Job, queue: &mut mpsc::Receiver<Request>, wakes: &Wake
     let committed = begun.and_then(|()| db.connection.execute_batch("COMMIT"));
     if committed.is_err() {
         let _ = db.connection.execute_batch("ROLLBACK");
+        db.forget_open_groups();
     } else {
         wakes.wake(db);
     }
@@ -312,6 +320,7 @@ fn in_savepoint<T>(db: &Db, job: impl FnOnce(&Db) -> Result<T, Error>) -> Result
     db.connection.execute_batch("SAVEPOINT job")?;
     let result = job(db);
     if result.is_err() {
+        db.forget_open_groups();
         db.connection.execute_batch("ROLLBACK TO job")?;
     }
     db.connection.execute_batch("RELEASE job")?;

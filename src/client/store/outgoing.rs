@@ -434,6 +434,7 @@ impl Db {
     pub(super) fn scrub_outgoing(&self, message: MessageId) -> Result<(), Error> {
         self.connection.execute("DELETE FROM outgoing WHERE message_id = ?1 AND state = 0", [message])?;
         self.connection.execute("UPDATE outgoing SET content = NULL WHERE message_id = ?1 AND state = 2", [message])?;
+        self.connection.execute("DELETE FROM group_outgoing WHERE message_id = ?1 AND ciphertext IS NULL", [message])?;
         Ok(())
     }
 }

@@ -5,7 +5,7 @@ use rusqlite::Connection;
 use super::Error;
 
 /// Each entry brings the database from the version before to its own (its index plus one), in one transaction.
-const MIGRATIONS: &[&str] = &[V1, V2];
+const MIGRATIONS: &[&str] = &[V1, V2, V3];
 
 const V1: &str = "
 -- Single values: this device's keys and address, credential, cursor, counters.
@@ -79,6 +79,36 @@ const V2: &str = "
 CREATE TABLE mls (kind INTEGER NOT NULL, key BLOB NOT NULL, value BLOB NOT NULL, created_ms INTEGER NOT NULL, PRIMARY KEY (kind, key));
 CREATE TABLE group_signers (suite INTEGER PRIMARY KEY, key BLOB NOT NULL);
 CREATE TABLE group_name_keys (mls_group BLOB PRIMARY KEY, key BLOB NOT NULL) WITHOUT ROWID;
+";
+
+const V3: &str = "
+-- Groups. state: 0 being created, 1 member, 2 out of touch (joins again), 3 left, 4 closed. cursor: everything up to here was processed;
+-- head: the newest item that is known of. leaving: the person asked to leave. due_ms: when this device commits what waits (proposals of
+-- others, devices of one's own that came or went); own_devices: that the latter are to be looked at.
+CREATE TABLE groups (
+    id BLOB PRIMARY KEY, state INTEGER NOT NULL, cursor INTEGER NOT NULL, head INTEGER NOT NULL, epoch INTEGER NOT NULL DEFAULT 0,
+    name TEXT, accounts INTEGER NOT NULL DEFAULT 0, muted INTEGER NOT NULL DEFAULT 0, expire_s INTEGER NOT NULL DEFAULT 0,
+    leaving INTEGER NOT NULL DEFAULT 0, due_ms INTEGER, own_devices INTEGER NOT NULL DEFAULT 0
+) WITHOUT ROWID;
+CREATE TABLE group_invitations (
+    mls_group BLOB, epoch INTEGER, seq INTEGER NOT NULL, account BLOB NOT NULL, welcome BLOB NOT NULL, PRIMARY KEY (mls_group, epoch)
+) WITHOUT ROWID;
+-- What was submitted, or is to be, and has no verdict yet: sent again as it is. kind: 0 a new group (message: its tree), 1 a commit,
+-- 2 a proposal. verdict: 0 none, 1 accepted, 2 another commit came first.
+CREATE TABLE group_pending (
+    mls_group BLOB PRIMARY KEY, kind INTEGER NOT NULL, epoch INTEGER NOT NULL, message BLOB NOT NULL, welcome BLOB, group_info BLOB,
+    verdict INTEGER NOT NULL DEFAULT 0
+) WITHOUT ROWID;
+-- Messages to groups that were not accepted yet. ciphertext: made right before it is sent, then sent again as it is until it is answered.
+CREATE TABLE group_outgoing (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, mls_group BLOB NOT NULL, client_message_id INTEGER NOT NULL, content BLOB NOT NULL,
+    message_id BLOB, tick INTEGER NOT NULL, epoch INTEGER NOT NULL DEFAULT 0, ciphertext BLOB, attempts INTEGER NOT NULL DEFAULT 0,
+    not_before_ms INTEGER NOT NULL DEFAULT 0, UNIQUE (mls_group, client_message_id)
+);
+-- Up to where members say that they have read.
+CREATE TABLE group_reads (mls_group BLOB, account BLOB, seq INTEGER NOT NULL, PRIMARY KEY (mls_group, account)) WITHOUT ROWID;
+-- Its position in the group. Negative: accepted under this client message id, its position is not known yet.
+ALTER TABLE messages ADD COLUMN group_seq INTEGER;
 ";
 
 /// Brings the database to this version.

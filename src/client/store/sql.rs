@@ -4,6 +4,7 @@ use rusqlite::types::{FromSql, FromSqlError, FromSqlResult, ToSql, ToSqlOutput, 
 use rusqlite::{Connection, OptionalExtension as _, params};
 
 use crate::client::core::content::MessageId;
+use crate::client::types::ConversationId;
 use crate::ids::{AccountId, DeviceId, GroupId};
 
 impl ToSql for AccountId {
@@ -21,6 +22,35 @@ impl ToSql for GroupId {
 impl FromSql for AccountId {
     fn column_result(value: ValueRef<'_>) -> FromSqlResult<Self> {
         Self::from_slice(value.as_blob()?).map_err(|error| FromSqlError::Other(Box::new(error)))
+    }
+}
+
+impl FromSql for GroupId {
+    fn column_result(value: ValueRef<'_>) -> FromSqlResult<Self> {
+        Self::from_slice(value.as_blob()?).map_err(|error| FromSqlError::Other(Box::new(error)))
+    }
+}
+
+/// What stands before a group's id where both may stand: an account's is its 16 bytes alone.
+const GROUP: u8 = b'g';
+
+impl ToSql for ConversationId {
+    fn to_sql(&self) -> rusqlite::Result<ToSqlOutput<'_>> {
+        Ok(match self {
+            Self::Account(account) => ToSqlOutput::Borrowed(ValueRef::Blob(account.as_bytes())),
+            Self::Group(group) => ToSqlOutput::from([&[GROUP], group.as_bytes().as_slice()].concat()),
+        })
+    }
+}
+
+impl FromSql for ConversationId {
+    fn column_result(value: ValueRef<'_>) -> FromSqlResult<Self> {
+        match value.as_blob()? {
+            [GROUP, group @ ..] if group.len() == 16 => {
+                GroupId::from_slice(group).map(Self::Group).map_err(|error| FromSqlError::Other(Box::new(error)))
+            }
+            account => AccountId::from_slice(account).map(Self::Account).map_err(|error| FromSqlError::Other(Box::new(error))),
+        }
     }
 }
 

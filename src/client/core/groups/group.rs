@@ -182,6 +182,17 @@ impl Group {
         Ok(removed)
     }
 
+    /// Whether others proposed something that waits for a commit.
+    pub fn has_proposals(&self) -> bool {
+        !self.proposed_removals().is_empty()
+    }
+
+    /// Whether this device has asked to be taken out, in this epoch.
+    pub fn is_leaving(&self) -> bool {
+        let own = self.mls.own_leaf_index();
+        self.mls.pending_proposals().any(|queued| matches!(queued.proposal(), Proposal::Remove(remove) if remove.removed() == own))
+    }
+
     /// The leaves that others proposed to remove.
     fn proposed_removals(&self) -> BTreeSet<u32> {
         let own = self.mls.own_leaf_index();

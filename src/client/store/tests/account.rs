@@ -27,7 +27,13 @@ fn keys_rotate_refill_and_retire() {
 fn a_registration_without_an_answer_is_said_again_as_it_was_but_not_to_another_server() {
     let (dir, clock) = (tempfile::tempdir().expect("a folder"), ManualClock::new(START));
     let connection = crate::client::store::open(&dir.path().join("a.db")).expect("a new file");
-    let db = Db { connection, clock: Arc::new(clock.clone()), random: Arc::new(SystemRandom), changed: Cell::default() };
+    let db = Db {
+        connection,
+        clock: Arc::new(clock.clone()),
+        random: Arc::new(SystemRandom),
+        changed: Cell::default(),
+        open_groups: RefCell::default(),
+    };
     let first = db.begin_registration("https://one.example").expect("keys");
     assert!(db.begin_registration("https://one.example").expect("keys") == first);
     let other = db.begin_registration("https://two.example").expect("keys");

@@ -35,7 +35,7 @@ fn transcripts_of_strangers_and_forged_receipts_are_ignored() {
     let id = world.devices[ALICE].text(account(9), "to somebody else");
     let read = Kind::Read(proto::ReadReceipt { message_ids: vec![Bytes::copy_from_slice(&id.0)] });
     let read = content::new(read, START, None, &SystemRandom);
-    world.devices[ALICE].db.apply(bob, bob, &read, Status::Delivered).expect("applied");
+    world.devices[ALICE].db.apply(bob.into(), bob, &read, Status::Delivered).expect("applied");
     assert_eq!(world.devices[ALICE].last(account(9)).status, Status::Pending);
 }
 

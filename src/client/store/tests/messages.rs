@@ -78,9 +78,9 @@ fn edits_deletes_and_reactions_apply_even_before_their_message() {
     let text = content::new(content::text("late"), now, None, &SystemRandom);
     let id = content::id_of(&text).expect("valid");
     let early = content::new(edit(id, "late, edited"), now, None, &SystemRandom);
-    db.apply(alice, alice, &early, Status::Delivered).expect("kept");
-    db.apply(alice, bob, &content::new(edit(id, "forged"), now, None, &SystemRandom), Status::Delivered).expect("kept");
-    db.apply(alice, alice, &text, Status::Delivered).expect("applied");
+    db.apply(alice.into(), alice, &early, Status::Delivered).expect("kept");
+    db.apply(alice.into(), bob, &content::new(edit(id, "forged"), now, None, &SystemRandom), Status::Delivered).expect("kept");
+    db.apply(alice.into(), alice, &text, Status::Delivered).expect("applied");
     assert_eq!(world.devices[BOB].last(alice).body.as_deref(), Some("late, edited"));
     let delete = Kind::Delete(proto::Delete { message_id: Bytes::copy_from_slice(&message.message_id.0) });
     world.devices[ALICE].db.send(bob, delete, false).expect("deleted");

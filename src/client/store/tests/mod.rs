@@ -2,6 +2,7 @@
 
 mod account;
 mod contacts;
+mod group_feed;
 mod groups;
 mod incoming;
 mod messages;
@@ -51,7 +52,13 @@ impl Device {
         let connection = super::open(&path).expect("a new file");
         // Tests run many commits; that they reach the disk is not what they test.
         connection.execute_batch("PRAGMA synchronous = OFF").expect("a pragma");
-        let db = Db { connection, clock: Arc::new(clock.clone()), random: Arc::new(SystemRandom), changed: Cell::default() };
+        let db = Db {
+            connection,
+            clock: Arc::new(clock.clone()),
+            random: Arc::new(SystemRandom),
+            changed: Cell::default(),
+            open_groups: RefCell::default(),
+        };
         let keys = db.begin_registration("http://127.0.0.1").expect("keys");
         let identity = format!("user{}@local", address.account.as_bytes()[0]).parse().expect("valid");
         let registered = Registered {

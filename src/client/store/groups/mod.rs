@@ -1,0 +1,356 @@
+//! Groups in the database: where each is, who is in it, and what this device still has to do in it.
+
+mod changes;
+mod items;
+mod key_packages;
+mod sending;
+
+use rusqlite::{OptionalExtension as _, Row, params};
+
+pub(in crate::client) use changes::{Intent, Submission, Verdict};
+pub(in crate::client) use sending::is_group_request;
+
+use super::state::{self, SqlState};
+use super::{Db, Error, sql};
+use crate::client::core::groups::{self, Engine, Group};
+use crate::client::core::state::StateTx;
+use crate::client::types::{ConversationId, Event, GroupMember, GroupRole, GroupSummary, Membership};
+use crate::ids::{AccountId, DeviceAddr, DeviceId, GroupId, Seq};
+use crate::mls::profile::Role;
+use crate::mls::rules::Roster;
+
+pub(super) const CREATING: i64 = 0;
+pub(super) const MEMBER: i64 = 1;
+pub(super) const LOST: i64 = 2;
+pub(super) const LEFT: i64 = 3;
+pub(super) const CLOSED: i64 = 4;
+
+/// Groups whose keys stay in memory between two steps: reading a large one from the database takes longer than what is done with it.
+const OPEN_GROUPS: usize = 8;
+
+/// A group as the database has it.
+#[derive(Debug, Clone)]
+pub(super) struct GroupRow {
+    pub id: GroupId,
+    pub state: i64,
+    pub cursor: u64,
+    pub head: u64,
+    pub epoch: u64,
+    pub name: Option<String>,
+    pub accounts: u32,
+    pub leaving: bool,
+}
+
+const COLUMNS: &str = "id, state, cursor, head, epoch, name, accounts, leaving";
+
+fn read_row(row: &Row<'_>) -> rusqlite::Result<GroupRow> {
+    Ok(GroupRow {
+        id: row.get(0)?,
+        state: row.get(1)?,
+        cursor: sql::uint(row.get(2)?),
+        head: sql::uint(row.get(3)?),
+        epoch: sql::uint(row.get(4)?),
+        name: row.get(5)?,
+        accounts: row.get(6)?,
+        leaving: row.get(7)?,
+    })
+}
+
+/// What this device has to do in a group, in this order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::client) enum Task {
+    /// Join by an invitation of this epoch.
+    Join { epoch: u64 },
+    /// Submit what has no verdict.
+    Submit,
+    /// Fetch items behind this one.
+    CatchUp { after: Seq },
+    /// Join by an external commit.
+    Rejoin,
+    /// Ask to be taken out.
+    Leave,
+    /// Commit what others proposed, and let one's own devices in or out.
+    Tidy,
+}
+
+impl Db {
+    /// Runs an operation in a group; what it changed is in the open transaction. An error of the group changes nothing.
+    pub(super) fn in_group<T>(
+        &self,
+        id: GroupId,
+        work: impl FnOnce(&mut Group, &Engine<'_, '_>) -> Result<T, groups::Error>,
+    ) -> Result<Result<T, groups::Error>, Error> {
+        let open = self.open_groups.borrow_mut().remove(&id);
+        self.with_engine(|engine| {
+            let mut group = match open {
+                Some(group) => group,
+                None => engine.load(id)?.ok_or(groups::Error::NotMember)?,
+            };
+            let done = work(&mut group, engine)?;
+            Ok((done, group))
+        })
+        .map(|outcome| {
+            outcome.map(|(done, group)| {
+                let mut open = self.open_groups.borrow_mut();
+                if open.len() >= OPEN_GROUPS {
+                    open.clear();
+                }
+                open.insert(id, group);
+                done
+            })
+        })
+    }
+
+    /// Runs an operation of this device in groups.
+    pub(super) fn with_engine<T>(
+        &self,
+        work: impl FnOnce(&Engine<'_, '_>) -> Result<T, groups::Error>,
+    ) -> Result<Result<T, groups::Error>, Error> {
+        let storage = SqlState(&self.connection);
+        let tx = StateTx::new(&storage);
+        let random = self.random.clone();
+        let done = Engine::new(&tx, &*random).and_then(|engine| work(&engine));
+        match done {
+            Ok(value) => {
+                let (writes, _) = tx.finish();
+                state::apply(&self.connection, writes, self.now())?;
+                Ok(Ok(value))
+            }
+            Err(groups::Error::Storage(error)) => Err(error.into()),
+            Err(error) => Ok(Err(error)),
+        }
+    }
+
+    /// Keys of groups in memory may be ahead of the database: a transaction was undone.
+    pub(super) fn forget_open_groups(&self) {
+        self.open_groups.borrow_mut().clear();
+    }
+
+    pub(super) fn group_row(&self, id: GroupId) -> Result<Option<GroupRow>, Error> {
+        let query = format!("SELECT {COLUMNS} FROM groups WHERE id = ?1");
+        Ok(self.connection.prepare_cached(&query)?.query_row([id], read_row).optional()?)
+    }
+
+    pub(super) fn set_group_state(&self, id: GroupId, state: i64) -> Result<(), Error> {
+        self.connection.prepare_cached("UPDATE groups SET state = ?2 WHERE id = ?1")?.execute(params![id, state])?;
+        self.mark(|changed| changed.outgoing = true);
+        Ok(())
+    }
+
+    /// Notes what members see of a group: its epoch, name and size.
+    pub(super) fn note_group(&self, id: GroupId) -> Result<(), Error> {
+        let seen = self.in_group(id, |group, engine| Ok((group.epoch(), group.name(engine)?, group.roster()?.accounts().len())))?;
+        let (epoch, name, accounts) = seen?;
+        let mut update =
+            self.connection.prepare_cached("UPDATE groups SET epoch = ?2, name = coalesce(?3, name), accounts = ?4 WHERE id = ?1")?;
+        update.execute(params![id, sql::int(epoch), name, accounts as i64])?;
+        Ok(())
+    }
+
+    /// Groups that the stream is to carry: those that this device is in.
+    pub(in crate::client) fn groups_to_follow(&self) -> Result<Vec<GroupId>, Error> {
+        let mut select = self.connection.prepare_cached("SELECT id FROM groups WHERE state IN (1, 2)")?;
+        Ok(select.query_map([], |row| row.get(0))?.collect::<rusqlite::Result<_>>()?)
+    }
+
+    /// Groups that this device has something to do in now.
+    pub(in crate::client) fn groups_with_tasks(&self) -> Result<Vec<GroupId>, Error> {
+        let mut select = self.connection.prepare_cached(
+            "SELECT id FROM groups WHERE state = 2 OR state = 1 AND (head > cursor OR due_ms <= ?1 OR leaving = 1)
+             UNION SELECT mls_group FROM group_pending UNION SELECT mls_group FROM group_invitations",
+        )?;
+        Ok(select.query_map([sql::int(self.now().0)], |row| row.get(0))?.collect::<rusqlite::Result<_>>()?)
+    }
+
+    /// The next thing to do in a group.
+    pub(in crate::client) fn group_task(&self, id: GroupId) -> Result<Option<Task>, Error> {
+        let row = self.group_row(id)?;
+        let mut select = self.connection.prepare_cached("SELECT epoch FROM group_invitations WHERE mls_group = ?1 ORDER BY epoch DESC")?;
+        let invited: Option<i64> = select.query_row([id], |row| row.get(0)).optional()?;
+        if let Some(epoch) = invited.map(sql::uint) {
+            return Ok(Some(Task::Join { epoch }));
+        }
+        let Some(row) = row else { return Ok(None) };
+        if matches!(row.state, LEFT | CLOSED) {
+            self.connection.execute("DELETE FROM group_pending WHERE mls_group = ?1", [id])?;
+            return Ok(None);
+        }
+        if row.state == LOST {
+            return Ok(Some(Task::Rejoin));
+        }
+        if let Some(pending) = self.pending(id)? {
+            // Whether another commit came first is for the items to say.
+            if pending.verdict == Verdict::Conflict && row.head > row.cursor {
+                return Ok(Some(Task::CatchUp { after: Seq(row.cursor) }));
+            }
+            return Ok(Some(Task::Submit));
+        }
+        if row.state == CREATING {
+            return Ok(None);
+        }
+        if row.head > row.cursor {
+            return Ok(Some(Task::CatchUp { after: Seq(row.cursor) }));
+        }
+        let mut select = self.connection.prepare_cached("SELECT due_ms IS NOT NULL AND due_ms <= ?2 FROM groups WHERE id = ?1")?;
+        let due: bool = select.query_row(params![id, sql::int(self.now().0)], |row| row.get(0))?;
+        // Leaving is asked for in the person's name, again in each epoch that did not do it.
+        let asked = self.in_group(id, |group, _| Ok(group.is_leaving()))??;
+        Ok(match (row.leaving && !asked, due) {
+            (true, _) => Some(Task::Leave),
+            (false, true) => Some(Task::Tidy),
+            (false, false) => None,
+        })
+    }
+
+    /// Something is to be committed, by this device in that many milliseconds unless another one did by then.
+    pub(super) fn group_due(&self, id: GroupId, wait_ms: u64) -> Result<(), Error> {
+        let due = sql::int(self.now().plus(wait_ms).0);
+        self.connection
+            .prepare_cached("UPDATE groups SET due_ms = min(coalesce(due_ms, ?2), ?2) WHERE id = ?1")?
+            .execute(params![id, due])?;
+        self.mark(|changed| changed.outgoing = true);
+        Ok(())
+    }
+
+    /// Nothing waits to be committed any more.
+    pub(in crate::client) fn group_tidied(&self, id: GroupId) -> Result<(), Error> {
+        self.connection.execute("UPDATE groups SET due_ms = NULL, own_devices = 0 WHERE id = ?1", [id])?;
+        Ok(())
+    }
+
+    /// This device is out of the group: its keys go, the history stays.
+    pub(super) fn out_of_group(&self, id: GroupId, state: i64) -> Result<(), Error> {
+        let Some(row) = self.group_row(id)?.filter(|row| row.state != state) else { return Ok(()) };
+        self.open_groups.borrow_mut().remove(&id);
+        // Without keys there is nothing to forget.
+        let _ = self.with_engine(|engine| engine.load(id)?.map_or(Ok(()), |group| group.forget(engine)))?;
+        self.connection.execute("UPDATE groups SET state = ?2, due_ms = NULL WHERE id = ?1", params![id, state])?;
+        self.connection.execute("DELETE FROM group_pending WHERE mls_group = ?1", [id])?;
+        self.fail_group_messages(id)?;
+        self.tell(&if state == CLOSED { Event::GroupClosed { group: id } } else { Event::GroupLeft { group: id, asked: row.leaving } })
+    }
+
+    /// The server says that this device is not in the group, or that there is none.
+    pub(in crate::client) fn group_gone(&self, id: GroupId, closed: bool) -> Result<(), Error> {
+        self.connection.execute("DELETE FROM group_invitations WHERE mls_group = ?1", [id])?;
+        self.out_of_group(id, if closed { CLOSED } else { LEFT })
+    }
+
+    /// The server said where the group is.
+    pub(in crate::client) fn group_head(&self, id: GroupId, head: Seq) -> Result<(), Error> {
+        let mut update = self.connection.prepare_cached("UPDATE groups SET head = ?2 WHERE id = ?1 AND head < ?2")?;
+        update.execute(params![id, sql::int(head.0)])?;
+        Ok(())
+    }
+
+    /// There may be more than this device knows of: looks.
+    pub(super) fn group_behind(&self, id: GroupId) -> Result<(), Error> {
+        self.connection.execute("UPDATE groups SET head = max(head, cursor + 1) WHERE id = ?1", [id])?;
+        self.mark(|changed| changed.outgoing = true);
+        Ok(())
+    }
+
+    /// All groups, the one with the newest message first.
+    pub(in crate::client) fn groups(&self) -> Result<Vec<GroupSummary>, Error> {
+        let query = format!("SELECT {COLUMNS}, muted, expire_s FROM groups");
+        let mut select = self.connection.prepare_cached(&query)?;
+        let rows = select.query_map([], |row| Ok((read_row(row)?, row.get::<_, bool>(8)?, row.get::<_, u32>(9)?)))?;
+        let rows: Vec<(GroupRow, bool, u32)> = rows.collect::<rusqlite::Result<_>>()?;
+        let mut groups = Vec::with_capacity(rows.len());
+        for (row, muted, expire_s) in rows {
+            let conversation = ConversationId::Group(row.id);
+            let mut count = self.connection.prepare_cached("SELECT count(*) FROM messages WHERE conversation = ?1 AND unread = 1")?;
+            groups.push(GroupSummary {
+                group: row.id,
+                name: row.name,
+                membership: membership(row.state),
+                epoch: row.epoch,
+                accounts: row.accounts as usize,
+                muted,
+                expire_s,
+                unread: sql::uint(count.query_row([conversation], |row| row.get(0))?),
+                last: self.history(conversation, u64::MAX, 1)?.pop(),
+            });
+        }
+        groups.sort_by_key(|group| std::cmp::Reverse(group.last.as_ref().map(|last| last.position)));
+        Ok(groups)
+    }
+
+    /// Who is in a group.
+    pub(in crate::client) fn group_members(&self, id: GroupId) -> Result<Vec<GroupMember>, Error> {
+        let roster = self.roster(id)?;
+        let member = |account: AccountId| {
+            Ok(GroupMember {
+                account,
+                identities: if account == self.own()?.account { self.own_identities()? } else { self.identities_of(account)? },
+                role: role(roster.profile.role(account)),
+                devices: devices_of(&roster, account),
+            })
+        };
+        roster.accounts().into_iter().map(member).collect()
+    }
+
+    /// The group as its members see it now.
+    pub(in crate::client) fn roster(&self, id: GroupId) -> Result<Roster, Error> {
+        Ok(self.in_group(id, |group, _| group.roster())??)
+    }
+
+    /// Whether the person wants to be woken up for it.
+    pub(in crate::client) fn mute_group(&self, id: GroupId, muted: bool) -> Result<(), Error> {
+        let changed = self.connection.execute("UPDATE groups SET muted = ?2 WHERE id = ?1", params![id, muted])?;
+        if changed == 0 { Err(groups::Error::NotMember.into()) } else { Ok(()) }
+    }
+
+    /// Devices of one's own came or went: each group is looked at, by one of the devices first.
+    pub(super) fn own_devices_changed(&self) -> Result<(), Error> {
+        let own = self.own()?;
+        let wait = crate::client::core::repair::jitter(OWN_DEVICES_MS, &*self.random) + OWN_DEVICES_MS * u64::from(own.device.get() - 1);
+        for id in self.groups_to_follow()? {
+            self.connection.execute("UPDATE groups SET own_devices = 1 WHERE id = ?1", [id])?;
+            self.group_due(id, wait)?;
+        }
+        Ok(())
+    }
+
+    /// Devices of this account that a group lacks, and those in it that are no more.
+    pub(in crate::client) fn own_devices_in(&self, id: GroupId) -> Result<(Vec<DeviceId>, Vec<DeviceAddr>), Error> {
+        let asked: bool = self.connection.query_row("SELECT own_devices FROM groups WHERE id = ?1", [id], |row| row.get(0))?;
+        let own = self.own()?;
+        if !asked || !self.devices_known(own.account)? {
+            return Ok((Vec::new(), Vec::new()));
+        }
+        let inside = devices_of(&self.roster(id)?, own.account);
+        let mut known = self.devices(own.account)?;
+        known.push(own.device);
+        let missing = known.iter().filter(|device| !inside.contains(device)).copied().collect();
+        let gone = inside.into_iter().filter(|device| !known.contains(device));
+        Ok((missing, gone.map(|device| DeviceAddr { account: own.account, device }).collect()))
+    }
+}
+
+/// How long one device leaves it to those with lower numbers to bring a new one of the account into its groups.
+const OWN_DEVICES_MS: u64 = 2_000;
+
+fn devices_of(roster: &Roster, account: AccountId) -> Vec<DeviceId> {
+    let mut devices: Vec<DeviceId> = roster.leaves.values().filter(|leaf| leaf.account == account).map(|leaf| leaf.device).collect();
+    devices.sort_unstable();
+    devices
+}
+
+fn membership(state: i64) -> Membership {
+    match state {
+        CREATING => Membership::Creating,
+        MEMBER => Membership::Member,
+        LOST => Membership::Rejoining,
+        CLOSED => Membership::Closed,
+        _ => Membership::Left,
+    }
+}
+
+fn role(role: Role) -> GroupRole {
+    match role {
+        Role::Member => GroupRole::Member,
+        Role::Admin => GroupRole::Admin,
+        Role::Owner => GroupRole::Owner,
+    }
+}
