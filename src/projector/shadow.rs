@@ -66,8 +66,8 @@ impl EventLog for ShadowLog {
         Arc::new(self.log.layout().as_met(&self.drained.lock()))
     }
 
-    fn layout_age(&self) -> Duration {
-        self.log.layout_age()
+    fn layout_is_known(&self) -> bool {
+        self.log.layout_is_known()
     }
 
     /// A partition that the reader has drained is noted, and a fence is the live projectors' to put; anything else is refused.

@@ -62,7 +62,7 @@ impl Worker {
         let layout = self.parts.log.layout();
         let ready: Vec<TopicPartition> = self.waiting.extract_if(.., |tp| layout.is_open(tp.partition)).collect();
         self.take_up(ready, consumer).await?;
-        if layout.is_settled() || self.parts.log.layout_age() < Duration::from_millis(limits::LAYOUT_FENCE_MS) {
+        if layout.is_settled() || !self.parts.log.layout_is_known() {
             return Ok(());
         }
         let old: Vec<TopicPartition> =
