@@ -73,7 +73,7 @@ pub(super) async fn open(config: &Config) -> Result<Backends, ServerError> {
         view = View::two([store.clone(), other], &(Arc::clone(&log) as Arc<dyn EventLog>));
     }
     let tasks = vec![tokio::spawn(measure_topics(Arc::clone(&log)))];
-    Ok(Backends { log, delivery: store.clone(), directory: store.clone(), keys: store, view, pushes, tasks })
+    Ok(Backends { log, delivery: store.clone(), directory: store.clone(), keys: store, view, pushes, tasks, files: None })
 }
 
 /// What copies and leaders are missing, and how many partitions want an owner, for metrics: every process says it, so that it is known while

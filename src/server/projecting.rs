@@ -21,6 +21,8 @@ pub(super) struct Keeping {
     pub pace: Pace,
     /// Topic `metadata`, if it is written.
     pub metadata: Option<Keys>,
+    /// It has all partitions to itself.
+    pub alone: bool,
     /// The views that it keeps, if they are two.
     pub beside: Vec<Positions>,
 }
@@ -38,6 +40,7 @@ pub(super) fn spawn(
         while !*stop.borrow() {
             let (worker, mut inner) = Worker::new(parts.clone(), keeping.pace);
             let worker = worker.recording(keeping.metadata.as_ref()).beside(keeping.beside.clone());
+            let worker = if keeping.alone { worker.whole() } else { worker };
             let forward = async {
                 while inner.changed().await.is_ok() {
                     outer.send_replace(*inner.borrow_and_update());
