@@ -3,6 +3,8 @@
 use std::time::Duration;
 
 use sealpost::clock::{Random as _, SystemRandom};
+use sealpost::log::EventLog as _;
+use sealpost::log::embedded::{EmbeddedLog, Options as LogOptions};
 use sealpost::server::control::{Answer, Question, ask};
 use sealpost::store::embedded::{EmbeddedStore, Options};
 use sealpost::testing::Broker;
@@ -107,5 +109,15 @@ async fn a_view_that_is_older_than_a_change_of_the_partitions_meets_it_again() -
     assert!(backlog.windows(2).all(|pair| pair[0].seq < pair[1].seq));
     assert_eq!(carol.connect().await?.backlog().await?.len(), 0, "what was acknowledged stays so");
     broker.stop().await;
+
+    // Killed between making partitions and opening them: nobody waits for those.
+    let log = EmbeddedLog::open(LogOptions::new(broker.data().join("log")))?;
+    log.grow_inbox(100)?;
+    log.close().await;
+    sealpost::server::rebuild(broker.config(), |_| {}).await?;
+    broker.restart().await?;
+    let Answer::Layout(layout) = ask(broker.data(), Question::Layout).await? else { anyhow::bail!("another answer") };
+    assert_eq!((layout.partitions, layout.first, layout.topic_partitions, layout.retired), (5, 56, 100, 56));
+    assert_eq!(bob.connect().await?.backlog().await?.len(), 90);
     Ok(())
 }

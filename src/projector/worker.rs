@@ -348,7 +348,10 @@ impl Worker {
 
     async fn say_progress(&mut self, consumer: &mut dyn Consumer) -> Result<(), WorkerError> {
         metrics::observe_owned(self.owned.len() + self.waiting.len());
-        let waits = (self.shadow || self.whole) && !self.waiting.is_empty();
+        let layout = self.parts.log.layout();
+        // Those that are made and were never opened wait for nothing.
+        let is_opened = |tp: &TopicPartition| layout.generation_of(tp.partition).is_some();
+        let waits = (self.shadow || self.whole) && self.waiting.iter().any(is_opened);
         let caught_up = !self.owned.is_empty() && !waits && self.owned.values().all(|owned| owned.next >= owned.end_at_start);
         if caught_up && self.projection.replaying {
             // Rows that were written early before a crash are counted from here on.
