@@ -75,7 +75,8 @@ async fn a_view_that_is_older_than_a_change_of_the_partitions_meets_it_again() -
             assert_eq!(stream.result(id).await?.code(), Code::Ok);
         }
         stream.send(&[&carol], 1_000 + id, b"for carol").await?;
-        online.ack(online.envelope().await?.seq).await?;
+        let seq = online.envelope().await?.seq;
+        online.ack(seq).await?;
         let Answer::Layout(_) = ask(broker.data(), Question::Scale { partitions }).await? else { anyhow::bail!("another answer") };
         loop {
             tokio::time::sleep(Duration::from_millis(50)).await;
@@ -111,7 +112,9 @@ async fn a_view_that_is_older_than_a_change_of_the_partitions_meets_it_again() -
     broker.stop().await;
 
     // Killed between making partitions and opening them: nobody waits for those.
-    let log = EmbeddedLog::open(LogOptions::new(broker.data().join("log")))?;
+    let mut options = LogOptions::new(broker.data().join("log"));
+    options.partitions.directory = broker.config().partitions.directory;
+    let log = EmbeddedLog::open(options)?;
     log.grow_inbox(100)?;
     log.close().await;
     sealpost::server::rebuild(broker.config(), |_| {}).await?;
