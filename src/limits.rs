@@ -228,8 +228,10 @@ pub const TRACE_COMPLAINT_MS: u64 = 60_000;
 pub const CLUSTER_LAG_LOOK_MS: u64 = 5_000;
 /// How often those who append look for a new layout of the partitions.
 pub const LAYOUT_LOOK_MS: u64 = 100;
-/// How long a new generation is open before the old one is fenced: ten looks, for all to have seen it.
+/// How long a new generation is open before the old one is fenced: ten looks, for all processes to have seen it.
 pub const LAYOUT_FENCE_MS: u64 = 1_000;
+/// The same within one process, whose threads see it at once and only have to append what they had in hand.
+pub const LAYOUT_KNOWN_MS: u64 = 300;
 /// How long a process that saw a change too late appends nothing: what it appended before is passed on meanwhile.
 pub const LAYOUT_HOLD_MS: u64 = 1_000;
 /// Numbers of partitions that a log can have had.

@@ -34,13 +34,15 @@ use crate::ids::EdgeId;
 use crate::ids::Partition;
 use crate::keys::KeyService;
 use crate::limits;
-use crate::log::embedded::OpenError as LogOpenError;
+use crate::log::embedded::{EmbeddedLog, OpenError as LogOpenError};
 use crate::log::{AppendError, EventLog, Follow, Topic};
 use crate::metrics;
 use crate::projector::push::{Push, PushBus};
 use crate::projector::push_topic::{self, PushTarget, PushTopic};
+use crate::projector::rewound::rewound;
 use crate::projector::worker::{Pace, Parts as WorkerParts, Positions, Progress, WorkerError};
-use crate::store::embedded::OpenError as StoreOpenError;
+use crate::server::control::Control;
+use crate::store::embedded::{EmbeddedStore, OpenError as StoreOpenError};
 use crate::store::groups::GroupStore;
 use crate::store::metered::Metered;
 #[cfg(feature = "cluster")]
@@ -50,6 +52,7 @@ use crate::traces::{self, TraceError};
 
 #[cfg(feature = "cluster")]
 mod cluster;
+pub mod control;
 mod embedded;
 mod groups;
 mod metadata;
@@ -102,6 +105,8 @@ struct Backends {
     pushes: Option<Arc<dyn Follow>>,
     /// What looks after them while the process runs.
     tasks: Vec<JoinHandle<()>>,
+    /// The files of the embedded profile, for who speaks with the operator about them.
+    files: Option<(Arc<EmbeddedLog>, Arc<EmbeddedStore>)>,
 }
 
 /// What a projector keeps.
@@ -143,10 +148,10 @@ impl Backends {
         }
         let opening = Arc::clone(config);
         let opened = tokio::task::spawn_blocking(move || embedded::open(&opening, false, log)).await;
-        let embedded::Opened { log, store } = opened.map_err(|error| ServerError(error.to_string()))??;
-        let view = View::one(store.clone());
+        let embedded::Opened { log, store, embedded } = opened.map_err(|error| ServerError(error.to_string()))??;
+        let (view, files) = (View::one(store.clone()), embedded.map(|log| (log, store.clone())));
         let (delivery, directory, groups, keys) = (store.clone() as _, store.clone() as _, store.clone() as _, store as _);
-        Ok(Self { log, delivery, directory, groups, keys, view, pushes: None, tasks: Vec::new() }.metered())
+        Ok(Self { log, delivery, directory, groups, keys, view, pushes: None, tasks: Vec::new(), files }.metered())
     }
 
     fn metered(self) -> Self {
@@ -336,8 +341,15 @@ impl Broker {
                 (Some(hub), None) => Arc::clone(hub) as _,
                 _ => Arc::new(PushTopic::new(Arc::clone(&backends.log))),
             };
+            let log = match config.is_cluster() {
+                true => Arc::clone(&backends.log),
+                false => {
+                    let view = Positions { delivery: Arc::clone(&backends.delivery), directory: Arc::clone(&backends.directory) };
+                    rewound(Arc::clone(&backends.log), &view).await?
+                }
+            };
             let parts = WorkerParts {
-                log: Arc::clone(&backends.log),
+                log,
                 delivery: Arc::clone(&backends.view.delivery),
                 directory: Arc::clone(&backends.view.directory),
                 groups: Arc::clone(&backends.view.groups),
@@ -346,8 +358,12 @@ impl Broker {
                 clock: Arc::clone(&clock),
             };
             let group_parts = rebuild::group_parts(&parts, &config)?;
-            let keeping =
-                projecting::Keeping { pace: pace(&config), metadata: metadata::keys(&config)?, beside: backends.view.each.clone() };
+            let keeping = projecting::Keeping {
+                pace: pace(&config),
+                metadata: metadata::keys(&config)?,
+                alone: !config.is_cluster(),
+                beside: backends.view.each.clone(),
+            };
             let (thread, watching) = projecting::spawn(parts, keeping, projector_stops.clone(), failing.clone())?;
             let (groups_thread, watching_groups) = projecting::spawn_groups(group_parts, projector_stops, failing.clone())?;
             if !config.is_cluster() {
@@ -368,6 +384,10 @@ impl Broker {
         // A projector among many may own nothing for now, and is ready all the same.
         if config.is_cluster() {
             progress.clear();
+        }
+        if let Some((log, store)) = backends.files.take() {
+            let progress = progress.first().cloned();
+            tasks.extend(answer_operator(Control { dir: config.data.clone(), log, store, progress }));
         }
         let health = Arc::new(BrokerHealth { log: Arc::clone(&backends.log), progress, hub: hub.clone() });
         let operations = Operations::new(Arc::clone(&config), health, exporter);
@@ -461,6 +481,17 @@ async fn listen_for_pushes(
     match is_ready.await {
         Ok(()) => Ok(listening),
         Err(_) => Err(ServerError("the edge can't read the push topic; `sealpost topology check` says what is wrong with it".to_owned())),
+    }
+}
+
+/// A folder in which no socket can be made is no reason not to serve.
+fn answer_operator(control: Control) -> Option<JoinHandle<()>> {
+    match control.listen() {
+        Ok(listener) => Some(tokio::spawn(control.run(listener))),
+        Err(error) => {
+            tracing::warn!(%error, "there is no control socket: partitions can't be scaled, and `sealpost status` can't ask");
+            None
+        }
     }
 }
 

@@ -52,6 +52,38 @@ impl ToolArgs {
     }
 }
 
+/// Which service a tool is about: a cluster, or an embedded broker on this machine.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct WhereArgs {
+    #[command(flatten)]
+    tool: ToolArgs,
+    /// The folder of an embedded broker that runs on this machine, in place of a cluster.
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["kafka", "cql"])]
+    data: Option<PathBuf>,
+}
+
+/// Where it is.
+#[derive(Debug)]
+pub enum Where {
+    /// A cluster, if the configuration names one.
+    Cluster(Box<Config>),
+    /// An embedded broker's folder.
+    Folder(PathBuf),
+}
+
+impl WhereArgs {
+    /// A folder that is named by a flag is meant whatever the file says; else what the file and the variables name.
+    pub fn load(self) -> Result<Where, ConfigError> {
+        if let Some(data) = self.data {
+            return Ok(Where::Folder(data));
+        }
+        let config = self.tool.load()?;
+        // Without either, what is missing is said.
+        let is_folder = config.kafka.is_none() && config.cql.is_none() && config.data.is_dir();
+        Ok(if is_folder { Where::Folder(config.data) } else { Where::Cluster(Box::new(config)) })
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

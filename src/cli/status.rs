@@ -1,28 +1,37 @@
-//! `sealpost status`: what a cluster looks like right now.
+//! `sealpost status`: what a cluster looks like right now, or an embedded broker on this machine.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use anyhow::Context as _;
 use comfy_table::{Cell, CellAlignment, Color, Table, presets};
+use futures_util::TryStreamExt as _;
 use serde::Serialize;
 
-use super::cluster::ToolArgs;
+use super::cluster::{Where, WhereArgs};
 use super::load::report::grouped;
+use crate::config::Cql;
 use crate::log::kafka::{self, Group, GroupWatch, KafkaCluster, Position};
 use crate::log::{Topic, TopicPartition};
 use crate::projector::worker::GROUP;
-use crate::server::kafka_options;
+use crate::server::{cql_options, kafka_options};
+use crate::store::PendingTotals;
+use crate::store::cql::CqlStore;
+
+mod folder;
 
 /// What projectors consume.
 const CONSUMED: [Topic; 2] = [Topic::Inbox, Topic::Directory];
 const PROBE: Duration = Duration::from_secs(3);
+/// How long a cluster's inboxes are counted at most: there is a row for each.
+const COUNT: Duration = Duration::from_secs(20);
 
 /// What a cluster looks like: who is alive, who owns which partition, how far behind they are and whether that grows, which partitions
-/// miss copies. Pending totals are not shown yet.
+/// miss copies, how much is pending in all inboxes (with --cql, or where the configuration names the store). With --data: an embedded broker.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(flatten)]
-    tool: ToolArgs,
+    at: WhereArgs,
     /// A process to ask whether it is ready, by its URL; repeat it for each.
     #[arg(long, value_name = "URL")]
     process: Vec<url::Url>,
@@ -53,6 +62,8 @@ struct Status {
     projectors: Vec<Projector>,
     topics: Vec<TopicStatus>,
     partitions: Vec<PartitionStatus>,
+    /// In all inboxes together; null where no CQL store is named, or it can't be asked.
+    pending: Option<Pending>,
 }
 
 #[derive(Debug, Serialize)]
@@ -61,6 +72,24 @@ pub(super) struct ProcessStatus {
     pub ready: bool,
     /// What it says, or why it can't be asked.
     pub says: String,
+}
+
+/// What is stored for devices; what is in memory for a window is not in it.
+#[derive(Debug, Clone, Copy, Serialize)]
+struct Pending {
+    #[serde(flatten)]
+    totals: PendingTotals,
+    /// All inboxes were counted; else the time was up before, and it is more.
+    complete: bool,
+}
+
+impl std::fmt::Display for Pending {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let PendingTotals { inboxes, waiting, items, bytes } = self.totals;
+        let least = if self.complete { "" } else { "at least " };
+        let [inboxes, waiting, items, bytes] = [inboxes, waiting, items, bytes].map(grouped);
+        write!(f, "pending: {least}{items} items with {bytes} bytes, in {waiting} of {inboxes} inboxes")
+    }
 }
 
 #[derive(Debug, Serialize)]
@@ -127,6 +156,7 @@ fn status(
     now: &Positions,
     elapsed: Duration,
     processes: Vec<ProcessStatus>,
+    pending: Option<Result<Pending, String>>,
 ) -> Status {
     let elapsed = elapsed.as_secs_f64().max(0.001);
     let owners: BTreeMap<TopicPartition, &str> =
@@ -171,7 +201,10 @@ fn status(
         Projector { id: member.id.clone(), host: member.host.clone(), owns }
     });
     let projectors: Vec<_> = projectors.collect();
-    let problems = problems(&topics, &partitions, &projectors, &processes);
+    let mut problems = problems(&topics, &partitions, &projectors, &processes);
+    if let Some(Err(why)) = &pending {
+        problems.push(format!("what is pending can't be counted: {why}"));
+    }
     Status {
         healthy: problems.is_empty(),
         problems,
@@ -181,6 +214,7 @@ fn status(
         projectors,
         topics,
         partitions,
+        pending: pending.and_then(Result::ok),
     }
 }
 
@@ -218,7 +252,11 @@ fn problems(topics: &[TopicStatus], partitions: &[PartitionStatus], projectors: 
 
 /// Runs the command.
 pub async fn run(args: Args) -> anyhow::Result<()> {
-    let options = kafka_options(args.tool.load()?.kafka_alone()?);
+    let config = match args.at.load()? {
+        Where::Cluster(config) => config,
+        Where::Folder(dir) => return folder::run(&dir, Duration::from_secs_f64(args.interval), args.json).await,
+    };
+    let options = kafka_options(config.kafka_alone()?);
     let processes = probe(&args.process).await?;
     let cluster = kafka::describe_topics(&options).await?;
     let watch = GroupWatch::new(&options, GROUP)?;
@@ -229,13 +267,33 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     let elapsed = begun.elapsed();
     let group = watch.group().await?;
     watch.end().await;
-    let status = status(&cluster, &group, &before, &now, elapsed, processes);
+    let pending = match &config.cql {
+        Some(cql) => Some(count_pending(cql).await.map_err(|error| format!("{error:#}"))),
+        None => None,
+    };
+    let status = status(&cluster, &group, &before, &now, elapsed, processes, pending);
     if args.json {
         println!("{}", serde_json::to_string(&status)?);
     } else {
         print!("{}", text(&status));
     }
     Ok(())
+}
+
+/// Reads a row for each inbox, not what is in them.
+async fn count_pending(cql: &Cql) -> anyhow::Result<Pending> {
+    let store = CqlStore::open(cql_options(cql)).await.context("the CQL store")?;
+    let (mut totals, until) = (PendingTotals::default(), tokio::time::Instant::now() + COUNT);
+    let pages = store.all_inboxes();
+    futures_util::pin_mut!(pages);
+    loop {
+        match tokio::time::timeout_at(until, pages.try_next()).await {
+            Ok(Ok(Some(page))) => page.iter().for_each(|(_, inbox)| totals.add(inbox)),
+            Ok(Ok(None)) => return Ok(Pending { totals, complete: true }),
+            Ok(Err(error)) => return Err(error).context("the CQL store"),
+            Err(_) => return Ok(Pending { totals, complete: false }),
+        }
+    }
 }
 
 pub(super) async fn probe(urls: &[url::Url]) -> anyhow::Result<Vec<ProcessStatus>> {
@@ -321,7 +379,24 @@ fn text(status: &Status) -> String {
         ]);
     }
     out += &format!("{topics}\n");
-    let behind: Vec<_> = status.partitions.iter().filter(|one| one.lag > 0 || one.owner.is_none()).collect();
+    out += &match &status.pending {
+        Some(pending) => format!("{pending}\n"),
+        None => "pending: not counted; name the CQL store with --cql\n".to_owned(),
+    };
+    out += &behind(&status.partitions);
+    for problem in &status.problems {
+        out += &format!("! {problem}\n");
+    }
+    if status.healthy {
+        out += "Nothing needs attention.\n";
+    }
+    out
+}
+
+/// Partitions that are behind or nobody's, and how many are neither.
+fn behind(all: &[PartitionStatus]) -> String {
+    let mut out = String::new();
+    let behind: Vec<_> = all.iter().filter(|one| one.lag > 0 || one.owner.is_none()).collect();
     if !behind.is_empty() {
         let mut partitions = table(&["partition", "owner", "lag", "trend", "a second"]);
         for one in &behind {
@@ -337,15 +412,9 @@ fn text(status: &Status) -> String {
         out += &format!("{partitions}\n");
     }
     let owned: BTreeSet<_> = behind.iter().map(|one| (one.topic, one.partition)).collect();
-    let quiet = status.partitions.len() - owned.len();
+    let quiet = all.len() - owned.len();
     if quiet > 0 {
         out += &format!("{quiet} partitions are owned and have no lag.\n");
-    }
-    for problem in &status.problems {
-        out += &format!("! {problem}\n");
-    }
-    if status.healthy {
-        out += "Nothing needs attention.\n";
     }
     out
 }
@@ -376,7 +445,7 @@ mod tests {
         let mut group = Group { state: "Stable".to_owned(), members: vec![member("a", vec![inbox(0)]), member("b", vec![inbox(1)])] };
         let before: Positions = [(inbox(0), at(100, 100)), (inbox(1), at(100, 90))].into();
         let look = |cluster: &KafkaCluster, group: &Group, now: Positions, processes| {
-            status(cluster, group, &before, &now, Duration::from_secs(2), processes)
+            status(cluster, group, &before, &now, Duration::from_secs(2), processes, None)
         };
         let fine = look(&cluster, &group, [(inbox(0), at(110, 110)), (inbox(1), at(110, 100))].into(), vec![]);
         assert!(fine.healthy, "{:?}", fine.problems);

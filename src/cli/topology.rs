@@ -1,15 +1,16 @@
-//! `sealpost topology`: the topics of a cluster, compared with a file and made as it says.
+//! `sealpost topology`: the topics of a cluster, compared with a file and made as it says; the partitions of either profile.
 
 use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 
-use super::cluster::ToolArgs;
+use super::cluster::{Where, WhereArgs};
 use crate::log::kafka::{self, KafkaOptions};
 use crate::server::kafka_options;
 use crate::topology::{Plan, Topology};
 
+mod folder;
 mod scale;
 
 /// How long the brokers may take to show what they were told.
@@ -36,7 +37,7 @@ enum Command {
 #[derive(Debug, clap::Args)]
 struct Which {
     #[command(flatten)]
-    tool: ToolArgs,
+    at: WhereArgs,
     /// On how many brokers each record is [default: the file's, or 3, or as many as there are].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=32))]
     replication: Option<u16>,
@@ -82,7 +83,17 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     };
     let topology = which.topology()?;
     let json = which.json;
-    let options = kafka_options(which.tool.load()?.kafka_alone()?);
+    let config = match which.at.load()? {
+        Where::Cluster(config) => config,
+        Where::Folder(_) if apply => {
+            bail!("an embedded log has its topics by itself; `sealpost topology scale` changes the partitions of inbox")
+        }
+        Where::Folder(dir) => {
+            let clean = folder::show(&dir, json).await?;
+            return if clean || !check { Ok(()) } else { bail!("a change of the partitions is not finished") };
+        }
+    };
+    let options = kafka_options(config.kafka_alone()?);
     let plan = topology.compare(&kafka::describe_topics(&options).await?);
     if !apply || !plan.has_changes() {
         show(&options, &plan, json, false)?;

@@ -172,7 +172,13 @@ impl Config {
 
     /// Where Kafka is, checked by itself: for tools that need nothing else.
     pub fn kafka_alone(&self) -> Result<&Kafka, ConfigError> {
-        let missing = || invalid("kafka", "is missing: name the brokers with --kafka HOSTS, or in the section [kafka] of --config FILE");
+        let missing = || {
+            invalid(
+                "kafka",
+                "is missing: name the brokers with --kafka HOSTS, or in the section [kafka] of --config FILE; \
+             an embedded broker is named by its folder, where a command takes --data",
+            )
+        };
         let kafka = self.kafka.as_ref().ok_or_else(missing)?;
         kafka.validate()?;
         Ok(kafka)

@@ -37,6 +37,7 @@ where
     consumer_gets_everything_in_order(make().await).await;
     consumer_resumes_from_committed(make().await).await;
     seek_moves_the_next_record(make().await).await;
+    a_held_partition_waits_for_a_seek(make().await).await;
     next_is_cancel_safe(make().await).await;
     groups_are_independent(make().await).await;
     two_consumers_share(make().await).await;
@@ -376,6 +377,26 @@ pub async fn seek_moves_the_next_record(log: Log) {
     reading.consumer.seek(inbox(1), Offset(2)).await.expect("seeks back");
     reading.until_records(8).await;
     assert_eq!(reading.got[&inbox(1)].first().map(|record| record.offset), Some(Offset(2)));
+}
+
+/// Nothing of a held partition is given until a seek, and the others don't wait for it.
+pub async fn a_held_partition_waits_for_a_seek(log: Log) {
+    for n in 0..10 {
+        append(&log, inbox(n as u16 % 2), numbered(n)).await;
+    }
+    let mut reading = Reading::join(&log, "hold", &[Topic::Inbox]).await;
+    while !reading.owned.contains(&inbox(1)) {
+        reading.step().await;
+    }
+    reading.consumer.hold(inbox(1)).await.expect("holds");
+    append(&log, inbox(1), numbered(10)).await;
+    append(&log, inbox(0), numbered(11)).await;
+    reading.until_records(6).await;
+    reading.drain().await;
+    assert_eq!((reading.got[&inbox(0)].len(), reading.got.get(&inbox(1))), (6, None));
+    reading.consumer.seek(inbox(1), Offset(2)).await.expect("seeks");
+    reading.until_records(10).await;
+    assert_eq!(reading.got[&inbox(1)].iter().map(|record| record.offset.0).collect::<Vec<_>>(), [2, 3, 4, 5]);
 }
 
 /// A `next` that is dropped while it waits, or before it is polled to its end, loses nothing.

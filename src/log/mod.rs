@@ -4,7 +4,6 @@
 //! positions, one owner a partition within a consumer group); `conformance` proves it of every implementation.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -36,12 +35,12 @@ pub enum Topic {
     Metadata,
     /// What projectors tell edges in other processes; kept for minutes. Only on a cluster.
     Push,
-    /// How accounts are spread over the partitions of `inbox`, see [`layout`]; one partition. Only on a cluster.
+    /// How accounts are spread over the partitions of `inbox`, see [`layout`]; one partition. On an embedded log once that has changed.
     Layout,
 }
 
 impl Topic {
-    /// Those that are kept, in the order of their numbers: what an embedded log holds.
+    /// Those that are kept, in the order of their numbers: what an embedded log holds when it is made.
     pub const ALL: [Self; 4] = [Self::Inbox, Self::Groups, Self::Directory, Self::Metadata];
 
     /// Those of a cluster.
@@ -171,9 +170,9 @@ pub trait EventLog: Send + Sync + 'static {
         Arc::new(Layout::of(self.partitions(Topic::Inbox)))
     }
 
-    /// For how long the newest generation has been known here.
-    fn layout_age(&self) -> Duration {
-        Duration::MAX
+    /// Whether the newest generation has been known for so long that nothing is under way to an older one.
+    fn layout_is_known(&self) -> bool {
+        true
     }
 
     /// Where an account's records of [`Topic::Inbox`] are appended now. [`AppendError::Unavailable`]: for a moment nobody knows.

@@ -1,9 +1,8 @@
 //! How many partitions the topics have.
 
-use crate::ids::Partition;
 use crate::log::{Topic, TopicPartition};
 
-/// How many partitions each topic has; chosen when the log is made, the same ever after.
+/// How many partitions each topic has when a log is made; those of `inbox` may become more ([`crate::log::layout`]).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PartitionCounts {
     /// Of [`Topic::Inbox`].
@@ -54,11 +53,5 @@ impl PartitionCounts {
         }
         let before: usize = Topic::ALL.iter().take_while(|&&topic| topic != of.topic).map(|&topic| usize::from(self.of(topic))).sum();
         Some(before + usize::from(of.partition.0))
-    }
-
-    /// All partitions, in the order of their slots.
-    pub(in crate::log) fn all(&self) -> Vec<TopicPartition> {
-        let of = |topic| (0..self.of(topic)).map(move |number| TopicPartition { topic, partition: Partition(number) });
-        Topic::ALL.into_iter().flat_map(of).collect()
     }
 }

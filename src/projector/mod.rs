@@ -10,5 +10,6 @@ mod model;
 pub mod push;
 pub mod push_topic;
 mod recording;
+pub mod rewound;
 pub mod shadow;
 pub mod worker;

@@ -67,8 +67,8 @@ impl EventLog for ShadowLog {
         Arc::new(self.log.layout().as_met(&self.drained.lock()))
     }
 
-    fn layout_age(&self) -> Duration {
-        self.log.layout_age()
+    fn layout_is_known(&self) -> bool {
+        self.log.layout_is_known()
     }
 
     /// A partition that the reader has drained is noted. Fences, invitations and the departure of devices from groups are the live projectors'

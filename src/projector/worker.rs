@@ -166,6 +166,8 @@ pub struct Worker {
     recording: Option<Recording>,
     /// It makes a view that nobody looks at yet: whatever else follows from an event is the live projectors' to do.
     shadow: bool,
+    /// Until it has caught up for the first time: partitions that wait for others count, too.
+    whole: bool,
     /// Views that may be further than this one: what they hold was said already.
     beside: Vec<Positions>,
 }
@@ -213,6 +215,7 @@ impl Worker {
             quiet_before: HashMap::new(),
             recording: None,
             shadow: false,
+            whole: false,
             beside: Vec::new(),
         };
         (worker, receiver)
@@ -227,6 +230,12 @@ impl Worker {
     /// Makes a view beside the live one: appends nothing, whatever happens.
     pub const fn shadow(mut self) -> Self {
         self.shadow = true;
+        self
+    }
+
+    /// Has caught up only when what waits for older generations of partitions is applied as well: for who has all of them.
+    pub const fn whole(mut self) -> Self {
+        self.whole = true;
         self
     }
 
@@ -282,8 +291,16 @@ impl Worker {
     /// Applies everything that is on the log now, flushes and returns how many records that were. For `sealpost rebuild`.
     pub async fn catch_up(mut self, on_progress: impl Fn(u64)) -> Result<u64, WorkerError> {
         let mut consumer = self.parts.log.consumer(GROUP, &[Topic::Directory, Topic::Inbox]).await?;
+        let mut look_at = Instant::now();
         while !self.progress.borrow().caught_up {
-            self.consumed(consumer.next().await?, consumer.as_mut()).await?;
+            tokio::select! {
+                consumed = consumer.next() => self.consumed(consumed?, consumer.as_mut()).await?,
+                () = tokio::time::sleep_until(look_at) => {}
+            }
+            if look_at <= Instant::now() {
+                look_at = Instant::now() + Duration::from_millis(limits::LAYOUT_LOOK_MS);
+                self.look_at_layout(consumer.as_mut()).await?;
+            }
             if self.projection.fresh_bytes() > limits::WINDOW_BYTES / 4 {
                 self.flush(consumer.as_mut()).await?;
             }
@@ -331,14 +348,22 @@ impl Worker {
                 self.progress.send_modify(|progress| progress.applied += records);
             }
         }
+        self.say_progress(consumer).await
+    }
+
+    async fn say_progress(&mut self, consumer: &mut dyn Consumer) -> Result<(), WorkerError> {
         metrics::observe_owned(self.owned.len() + self.waiting.len());
-        let waits = self.shadow && !self.waiting.is_empty();
+        let layout = self.parts.log.layout();
+        // Those that are made and were never opened wait for nothing.
+        let is_opened = |tp: &TopicPartition| layout.generation_of(tp.partition).is_some();
+        let waits = (self.shadow || self.whole) && self.waiting.iter().any(is_opened);
         let caught_up = !self.owned.is_empty() && !waits && self.owned.values().all(|owned| owned.next >= owned.end_at_start);
         if caught_up && self.projection.replaying {
             // Rows that were written early before a crash are counted from here on.
             self.flush_now(consumer).await?;
         }
         self.projection.replaying = !caught_up;
+        self.whole &= !caught_up;
         let met = self.owned.iter().filter(|(tp, _)| tp.topic == Topic::Inbox).map(|(_, owned)| owned.next.0).sum();
         self.progress.send_if_modified(|progress| {
             let before = std::mem::replace(progress, Progress { caught_up, met, ..*progress });

@@ -74,7 +74,7 @@ pub(super) async fn open(config: &Config) -> Result<Backends, ServerError> {
     }
     let tasks = vec![tokio::spawn(measure_topics(Arc::clone(&log)))];
     let (delivery, directory, groups, keys) = (store.clone(), store.clone(), store.clone(), store);
-    Ok(Backends { log, delivery, directory, groups, keys, view, pushes, tasks })
+    Ok(Backends { log, delivery, directory, groups, keys, view, pushes, tasks, files: None })
 }
 
 /// What copies and leaders are missing, and how many partitions want an owner, for metrics: every process says it, so that it is known while

@@ -13,18 +13,28 @@ use crate::store::embedded::{EmbeddedStore, Options as StoreOptions};
 pub(super) struct Opened {
     pub log: Arc<dyn EventLog>,
     pub store: Arc<EmbeddedStore>,
+    /// The same log, unless another one was given.
+    pub embedded: Option<Arc<EmbeddedLog>>,
 }
 
 /// Opens the folder, or makes it; the log in it unless another one is given. Blocks.
 pub(super) fn open(config: &Config, discard_view: bool, log: Option<Arc<dyn EventLog>>) -> Result<Opened, ServerError> {
     std::fs::create_dir_all(&config.data)
         .map_err(|error| ServerError(format!("the folder {} can't be made: {error}", config.data.display())))?;
-    let log = match log {
-        Some(log) => log,
-        None => EmbeddedLog::open(log_options(config))?,
+    let (log, embedded): (Arc<dyn EventLog>, _) = match log {
+        Some(log) => (log, None),
+        None => {
+            let log = open_log(config)?;
+            (Arc::clone(&log) as _, Some(log))
+        }
     };
     let store = EmbeddedStore::open(&config.data.join("store"), StoreOptions { discard_view, ..StoreOptions::default() })?;
-    Ok(Opened { log, store })
+    Ok(Opened { log, store, embedded })
+}
+
+/// Opens the log in the folder, or makes it. Blocks.
+pub(super) fn open_log(config: &Config) -> Result<Arc<EmbeddedLog>, ServerError> {
+    Ok(EmbeddedLog::open(log_options(config))?)
 }
 
 fn log_options(config: &Config) -> LogOptions {

@@ -22,6 +22,8 @@ pub(super) struct Keeping {
     pub pace: Pace,
     /// Topic `metadata`, if it is written.
     pub metadata: Option<Keys>,
+    /// It has all partitions to itself.
+    pub alone: bool,
     /// The views that it keeps, if they are two.
     pub beside: Vec<Positions>,
 }
@@ -36,6 +38,7 @@ pub(super) fn spawn(
     let begin = move |stop| {
         let (worker, progress) = Worker::new(parts.clone(), keeping.pace);
         let worker = worker.recording(keeping.metadata.as_ref()).beside(keeping.beside.clone());
+        let worker = if keeping.alone { worker.whole() } else { worker };
         let work = async move {
             let outcome = worker.run(stop).await;
             metrics::observe_owned(0);

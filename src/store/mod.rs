@@ -108,6 +108,29 @@ pub struct InboxState {
     pub applied: Seq,
 }
 
+/// What is stored for all devices together.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct PendingTotals {
+    /// Inboxes that there are.
+    pub inboxes: u64,
+    /// Those that hold something.
+    pub waiting: u64,
+    /// Envelopes and other items in them.
+    pub items: u64,
+    /// Their cost in bytes, as the cap of an inbox counts it.
+    pub bytes: u64,
+}
+
+impl PendingTotals {
+    /// Counts one inbox.
+    pub const fn add(&mut self, inbox: &InboxState) {
+        self.inboxes += 1;
+        self.waiting += (inbox.items > 0) as u64;
+        self.items += inbox.items;
+        self.bytes += inbox.bytes;
+    }
+}
+
 /// Names a dedupe mark.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct MarkKey {

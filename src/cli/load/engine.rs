@@ -527,11 +527,7 @@ impl World {
 }
 
 /// Opens the WebSocket; what came behind the answer's head is returned too.
-pub(super) async fn open_stream(
-    server: &Server,
-    source: Option<IpAddr>,
-    credential: &str,
-) -> Result<(Socket, Vec<u8>), Refusal> {
+pub(super) async fn open_stream(server: &Server, source: Option<IpAddr>, credential: &str) -> Result<(Socket, Vec<u8>), Refusal> {
     let Server { address, host, tls } = server;
     let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
     if let Some(source) = source {

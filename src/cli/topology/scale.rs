@@ -10,7 +10,8 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use tokio::time::Instant;
 
-use crate::cli::cluster::ToolArgs;
+use super::folder;
+use crate::cli::cluster::{Where, WhereArgs};
 use crate::ids::{Generation, Partition};
 use crate::log::kafka::{self, GroupWatch, KafkaLog, KafkaOptions};
 use crate::log::layout::{self, Layout, LayoutRecord};
@@ -18,7 +19,8 @@ use crate::log::{EventLog, Topic};
 use crate::projector::worker::GROUP;
 use crate::server::kafka_options;
 
-const LOOK: Duration = Duration::from_millis(100);
+/// Between two looks.
+pub(super) const LOOK: Duration = Duration::from_millis(100);
 /// How long the projectors may take to share new partitions out before these are opened all the same.
 const OWNED_WITHIN: Duration = Duration::from_secs(30);
 /// How long a step that everybody sees at once may take.
@@ -29,7 +31,7 @@ const SEEN_WITHIN: Duration = Duration::from_secs(15);
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(flatten)]
-    tool: ToolArgs,
+    at: WhereArgs,
     /// How many partitions accounts are spread over from now on.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     partitions: u16,
@@ -43,32 +45,40 @@ pub struct Args {
 
 /// What it did.
 #[derive(Debug, Serialize)]
-struct Report {
+pub(super) struct Report {
     /// Accounts were spread over another number before.
-    changed: bool,
+    pub changed: bool,
     /// The number of the layout, from 0.
-    generation: u16,
+    pub generation: u16,
     /// Over how many partitions accounts are spread.
-    partitions: u16,
+    pub partitions: u16,
     /// The first of them.
-    first: u16,
-    /// Partitions of topic inbox, older ones included: Kafka can't take any away.
-    topic_partitions: u16,
+    pub first: u16,
+    /// Partitions of topic inbox, older ones included: none is ever taken away.
+    pub topic_partitions: u16,
     /// Older partitions that are empty for good.
-    retired: u16,
+    pub retired: u16,
     /// From the opening until everything older was drained.
-    drain_ms: Option<u64>,
+    pub drain_ms: Option<u64>,
 }
 
 /// Runs it.
 pub async fn run(args: Args) -> anyhow::Result<()> {
-    let options = kafka_options(args.tool.load()?.kafka_alone()?);
-    let log = KafkaLog::open(options.clone()).await?;
+    let at = args.at.load()?;
     let bar = if args.json { ProgressBar::hidden() } else { ProgressBar::new_spinner() };
     bar.enable_steady_tick(LOOK);
-    let done = scale(&log, &options, args.partitions, Duration::from_secs(args.wait), &bar).await;
+    let wait = Duration::from_secs(args.wait);
+    let done = match at {
+        Where::Folder(dir) => folder::scale(&dir, args.partitions, wait, &bar).await,
+        Where::Cluster(config) => {
+            let options = kafka_options(config.kafka_alone()?);
+            let log = KafkaLog::open(options.clone()).await?;
+            let done = scale(&log, &options, args.partitions, wait, &bar).await;
+            log.close().await;
+            done
+        }
+    };
     bar.finish_and_clear();
-    log.close().await;
     let report = done?;
     if args.json {
         println!("{}", serde_json::to_string(&report)?);

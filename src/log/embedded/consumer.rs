@@ -21,7 +21,6 @@ pub(super) struct EmbeddedConsumer {
     group: String,
     id: MemberId,
     wake: Arc<Notify>,
-    all: Vec<TopicPartition>,
     /// Who comes first in the next batch.
     turn: u32,
 }
@@ -49,15 +48,15 @@ impl EmbeddedConsumer {
         view.next_member += 1;
         let id = view.next_member;
         let set = Topic::ALL.map(|topic| topics.contains(&topic));
-        view.groups.entry(group.to_owned()).or_default().join(id, set, Arc::clone(&wake), &shared.options.partitions);
+        view.groups.entry(group.to_owned()).or_default().join(id, set, Arc::clone(&wake), &shared.slots());
         view.positions_dirty = true;
         drop(view);
-        let all = shared.options.partitions.all();
-        Ok(Self { shared: Arc::clone(shared), group: group.to_owned(), id, wake, all, turn: 0 })
+        Ok(Self { shared: Arc::clone(shared), group: group.to_owned(), id, wake, turn: 0 })
     }
 
     fn name(&self, slots: &[u32]) -> Vec<TopicPartition> {
-        slots.iter().map(|&slot| self.all[slot as usize]).collect()
+        let all = self.shared.slots();
+        slots.iter().map(|&slot| all.at(slot)).collect()
     }
 
     /// What there is to do right now, if anything.
@@ -84,7 +83,7 @@ impl EmbeddedConsumer {
         let committed = &group.committed;
         let mut waiting = Vec::new();
         for (&number, slot) in &mut group.slots {
-            if slot.is_delivered_to(self.id) {
+            if slot.is_delivered_to(self.id) && !slot.held {
                 let part = &parts[number as usize];
                 let position = *slot.position.get_or_insert_with(|| committed.get(&number).copied().unwrap_or_else(|| part.earliest()));
                 if position != part.next {
@@ -138,13 +137,14 @@ impl EmbeddedConsumer {
     fn deliver(&self, fetched: Vec<(u32, Vec<Record>)>) -> Vec<(TopicPartition, Vec<Record>)> {
         let mut view = self.shared.view.lock();
         let Some(group) = view.groups.get_mut(&self.group) else { return Vec::new() };
+        let all = self.shared.slots();
         let mut out = Vec::with_capacity(fetched.len());
         for (number, records) in fetched {
             if let Some(last) = records.last()
                 && let Some(slot) = group.owned_mut(self.id, number)
             {
                 slot.position = Some(last.offset.0 + 1);
-                out.push((self.all[number as usize], records));
+                out.push((all.at(number), records));
             }
         }
         out
@@ -185,8 +185,12 @@ impl Consumer for EmbeddedConsumer {
     }
 
     async fn hold(&mut self, of: TopicPartition) -> Result<(), ReadError> {
-        // One process has one layout: nothing ever waits for another partition.
-        self.shared.slot(of).map(drop)
+        self.owned(of, |view, slot| {
+            if let Some(slot) = view.groups.get_mut(&self.group).and_then(|group| group.owned_mut(self.id, slot)) {
+                slot.held = true;
+            }
+            Ok(())
+        })
     }
 
     async fn seek(&mut self, to: TopicPartition, offset: Offset) -> Result<(), ReadError> {
@@ -200,6 +204,7 @@ impl Consumer for EmbeddedConsumer {
             }
             if let Some(slot) = view.groups.get_mut(&self.group).and_then(|group| group.owned_mut(self.id, slot)) {
                 slot.position = Some(offset.0);
+                slot.held = false;
             }
             Ok(())
         })
@@ -228,7 +233,7 @@ impl Consumer for EmbeddedConsumer {
 impl Drop for EmbeddedConsumer {
     fn drop(&mut self) {
         if let Some(group) = self.shared.view.lock().groups.get_mut(&self.group) {
-            group.leave(self.id, &self.shared.options.partitions);
+            group.leave(self.id, &self.shared.slots());
         }
     }
 }

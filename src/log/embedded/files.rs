@@ -12,11 +12,14 @@ use crate::log::PartitionCounts;
 use crate::log::embedded::disk::{self, Disk};
 use crate::log::embedded::groups::Group;
 use crate::log::embedded::options::OpenError;
+use crate::log::embedded::slots::Slots;
 use crate::log::embedded::view::View;
 use crate::log::{Topic, TopicPartition};
 
-/// The version of all of them.
+/// The version of a log as it is made.
 const VERSION: u32 = 1;
+/// The version of one whose `inbox` has grown: those who read only the one above must not open it.
+const GROWN_VERSION: u32 = 2;
 
 /// What a log was made with.
 #[derive(Debug, Serialize, Deserialize)]
@@ -24,13 +27,19 @@ pub(super) struct Meta {
     version: u32,
     /// Random; in every segment.
     pub log: u64,
+    /// As it was made.
     partitions: BTreeMap<String, u16>,
+    /// Partitions of `inbox`, once they are more than that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    inbox: Option<u16>,
 }
 
 impl Meta {
-    pub fn new(log: u64, counts: &PartitionCounts) -> Self {
-        let partitions = Topic::ALL.map(|topic| (topic.name().to_owned(), counts.of(topic)));
-        Self { version: VERSION, log, partitions: BTreeMap::from(partitions) }
+    pub fn new(log: u64, slots: &Slots) -> Self {
+        let partitions = Topic::ALL.map(|topic| (topic.name().to_owned(), slots.made().of(topic)));
+        let inbox = slots.is_grown().then(|| slots.of(Topic::Inbox));
+        let version = if slots.is_grown() { GROWN_VERSION } else { VERSION };
+        Self { version, log, partitions: BTreeMap::from(partitions), inbox }
     }
 
     pub fn path(dir: &Path) -> PathBuf {
@@ -45,9 +54,14 @@ impl Meta {
         self.check(&counts, path).map(|()| counts)
     }
 
-    /// The log must have been made by this version with these numbers.
+    /// The partitions that there are, in a log that was made with these.
+    pub fn slots(&self, made: &PartitionCounts) -> Slots {
+        Slots::new(*made, self.inbox.unwrap_or(made.inbox))
+    }
+
+    /// The log must have been made by this version, or an older one, with these numbers.
     pub fn check(&self, counts: &PartitionCounts, path: &Path) -> Result<(), OpenError> {
-        if self.version != VERSION {
+        if self.version != if self.inbox.is_some() { GROWN_VERSION } else { VERSION } {
             return Err(OpenError::damaged(path, 0, format!("version {} is not known: run the Sealpost that wrote it", self.version)));
         }
         for topic in Topic::ALL {
@@ -94,10 +108,10 @@ impl Positions {
         }
     }
 
-    pub fn apply(self, view: &mut View, counts: &PartitionCounts) {
+    pub fn apply(self, view: &mut View, slots: &Slots) {
         let slot = |topic: &str, partition: u16| {
             let topic = Topic::ALL.into_iter().find(|known| known.name() == topic)?;
-            counts.slot(TopicPartition { topic, partition: Partition(partition) })
+            slots.slot(TopicPartition { topic, partition: Partition(partition) })
         };
         for (topic, partition, offset) in self.forgotten {
             if let Some(slot) = slot(&topic, partition) {

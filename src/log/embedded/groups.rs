@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use tokio::sync::Notify;
 
-use crate::log::PartitionCounts;
 use crate::log::Topic;
+use crate::log::embedded::slots::Slots;
 
 /// A consumer's number within the process.
 pub(super) type MemberId = u64;
@@ -47,6 +47,8 @@ pub(super) struct Slot {
     announced: bool,
     /// The next record to deliver; unset: from the committed position on.
     pub position: Option<u64>,
+    /// Nothing is delivered until the owner seeks.
+    pub held: bool,
 }
 
 /// What a consumer learns before it gets records.
@@ -58,21 +60,26 @@ pub(super) enum Step {
 
 impl Group {
     /// A consumer joins.
-    pub fn join(&mut self, id: MemberId, topics: TopicSet, wake: Arc<Notify>, counts: &PartitionCounts) {
+    pub fn join(&mut self, id: MemberId, topics: TopicSet, wake: Arc<Notify>, slots: &Slots) {
         for (mine, new) in self.topics.iter_mut().zip(topics) {
             *mine |= new;
         }
         self.members.insert(id, Member { topics, wake, told: Vec::new() });
-        self.rebalance(counts);
+        self.rebalance(slots);
     }
 
     /// A consumer leaves; what it had is free at once.
-    pub fn leave(&mut self, id: MemberId, counts: &PartitionCounts) {
+    pub fn leave(&mut self, id: MemberId, slots: &Slots) {
         self.members.remove(&id);
         for slot in self.slots.values_mut().filter(|slot| slot.owner == Some(id)) {
             slot.release();
         }
-        self.rebalance(counts);
+        self.rebalance(slots);
+    }
+
+    /// There are new partitions.
+    pub fn grow(&mut self, slots: &Slots) {
+        self.rebalance(slots);
     }
 
     /// What the consumer has to know next. Asking gives back what it was told to give back.
@@ -123,22 +130,19 @@ impl Group {
         self.members.get(&owner).map(|member| &member.wake)
     }
 
-    fn rebalance(&mut self, counts: &PartitionCounts) {
+    fn rebalance(&mut self, slots: &Slots) {
         let mut load: BTreeMap<MemberId, usize> = self.members.keys().map(|&id| (id, 0)).collect();
-        let mut first = 0u32;
         for (index, &topic) in Topic::ALL.iter().enumerate() {
-            let numbers = first..first + u32::from(counts.of(topic));
-            first = numbers.end;
             if self.topics[index] {
                 let members: Vec<MemberId> = self.members.iter().filter(|(_, member)| member.topics[index]).map(|(&id, _)| id).collect();
-                self.share_out(numbers, &members, &mut load);
+                self.share_out(slots.of_topic(topic).collect(), &members, &mut load);
             }
         }
         self.settle();
     }
 
     /// Shares one topic's partitions out: everybody keeps what it has up to its share, the rest goes to who has least.
-    fn share_out(&mut self, numbers: std::ops::Range<u32>, members: &[MemberId], load: &mut BTreeMap<MemberId, usize>) {
+    fn share_out(&mut self, numbers: Vec<u32>, members: &[MemberId], load: &mut BTreeMap<MemberId, usize>) {
         let mut held: BTreeMap<MemberId, Vec<u32>> = members.iter().map(|&id| (id, Vec::new())).collect();
         let mut free = Vec::new();
         let count = numbers.len();
@@ -207,5 +211,6 @@ impl Slot {
         self.owner = None;
         self.announced = false;
         self.position = None;
+        self.held = false;
     }
 }

@@ -92,7 +92,7 @@ impl Shared {
                 return Ok(());
             }
             view.positions_dirty = false;
-            Positions::of(&view, &self.options.partitions.all())
+            Positions::of(&view, &self.slots().all())
         };
         let path = Positions::path(&self.options.dir);
         files::save(self.options.disk.as_ref(), &path, &positions).map_err(|error| {

@@ -26,16 +26,17 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 
 use crate::background;
-use crate::ids::Offset;
+use crate::ids::{AccountId, Offset};
 use crate::limits;
 use crate::log::embedded::consumer::EmbeddedConsumer;
+use crate::log::embedded::layouts::{LayoutSink, Layouts};
 use crate::log::embedded::queue::Entry;
 use crate::log::embedded::recovery::{Recovered, recover};
 use crate::log::embedded::shared::Shared;
 use crate::log::embedded::spare::Spare;
 use crate::log::embedded::view::{Source, collect};
 use crate::log::embedded::writer::Writer;
-use crate::log::layout::Layout;
+use crate::log::layout::{Layout, LayoutRecord};
 use crate::log::{AppendError, AppendSink, Consumer, EventLog, ReadError, Record, Topic, TopicPartition};
 
 mod consumer;
@@ -45,6 +46,7 @@ pub mod format;
 mod groups;
 mod index;
 mod keeper;
+mod layouts;
 mod observer;
 mod options;
 mod queue;
@@ -54,6 +56,7 @@ mod retention;
 mod shared;
 #[cfg(any(test, feature = "test-util"))]
 pub mod sim;
+mod slots;
 mod spare;
 mod summary;
 mod view;
@@ -68,8 +71,7 @@ pub use shared::Stats;
 /// See the module. Dropping it without [`EventLog::close`] is as good as a crash: what was acknowledged stays.
 pub struct EmbeddedLog {
     shared: Arc<Shared>,
-    /// Asked for with every batch that is applied.
-    layout: Arc<Layout>,
+    layouts: Arc<Layouts>,
     threads: Mutex<Option<Threads>>,
 }
 
@@ -97,10 +99,12 @@ impl EmbeddedLog {
         let dir = options.dir.clone();
         options.disk.create_dir(&dir).map_err(OpenError::io("create", &dir))?;
         let lock = lock(&options)?;
-        let Recovered { log, view, active, commit, spare, sealed } = recover(&options)?;
+        let Recovered { log, slots, view, active, commit, spare, sealed } = recover(&options)?;
         let next = view.parts.iter().map(|part| part.next).collect();
-        let shared = Arc::new(Shared::new(options, log, view, Spare::with(spare)));
+        let shared = Arc::new(Shared::new(options, log, slots, view, Spare::with(spare)));
         *shared.keeper.sealed.lock() = sealed;
+        let layouts = Arc::new(Layouts::new(slots.made().inbox));
+        layouts.read(&shared)?;
         let spawn = |name: &str, run: Box<dyn FnOnce() + Send>| {
             std::thread::Builder::new().name(name.to_owned()).spawn(run).map_err(OpenError::io("start a thread for", &dir))
         };
@@ -110,8 +114,7 @@ impl EmbeddedLog {
         let spare = spare.map_err(OpenError::io("start a thread for", &dir))?;
         let keeper = spawn("log-keeper", Box::new(move || for_keeper.keep()))?;
         let writer = spawn("log", Box::new(move || writer.run()))?;
-        let layout = Arc::new(Layout::of(shared.options.partitions.inbox));
-        Ok(Arc::new(Self { shared, layout, threads: Mutex::new(Some(Threads { writer, spare, keeper, _lock: lock })) }))
+        Ok(Arc::new(Self { shared, layouts, threads: Mutex::new(Some(Threads { writer, spare, keeper, _lock: lock })) }))
     }
 
     /// Counters since it was opened.
@@ -122,6 +125,18 @@ impl EmbeddedLog {
     /// Lets go what is past its retention, now; it is done by itself every now and then. Blocks.
     pub fn retain(&self) -> Result<(), String> {
         self.shared.retain()
+    }
+
+    /// Makes partitions of `inbox`, until there are so many; accounts are spread over them once topic `layout` says so. Blocks until they
+    /// are on disk. Nothing happens to what flows meanwhile, and a crash leaves them made or not.
+    pub fn grow_inbox(&self, partitions: u16) -> Result<(), AppendError> {
+        self.shared.grow_inbox(partitions)
+    }
+
+    fn layout_sink(&self, payload: &[u8], sink: &Arc<dyn AppendSink>) -> Result<Arc<dyn AppendSink>, AppendError> {
+        // One that can't be read would keep the log from opening.
+        let record = LayoutRecord::decode(payload).map_err(|error| AppendError::Unavailable(error.to_string()))?;
+        Ok(Arc::new(LayoutSink { layouts: Arc::clone(&self.layouts), record, sink: Arc::clone(sink) }))
     }
 
     /// Ends the threads, the log thread first. Blocks.
@@ -161,19 +176,28 @@ fn lock(options: &Options) -> Result<File, OpenError> {
 #[async_trait]
 impl EventLog for EmbeddedLog {
     fn partitions(&self, topic: Topic) -> u16 {
-        self.shared.options.partitions.of(topic)
+        self.shared.slots().of(topic)
     }
 
     fn layout(&self) -> Arc<Layout> {
-        Arc::clone(&self.layout)
+        self.layouts.current()
+    }
+
+    fn layout_is_known(&self) -> bool {
+        self.layouts.is_known()
+    }
+
+    fn route(&self, account: &AccountId) -> Result<TopicPartition, AppendError> {
+        Ok(TopicPartition { topic: Topic::Inbox, partition: self.layouts.partition_of(account) })
     }
 
     fn submit(&self, to: TopicPartition, payload: Bytes, sink: &Arc<dyn AppendSink>, token: u64) -> Result<(), AppendError> {
         if payload.len() > limits::RECORD_BYTES {
             return Err(AppendError::TooLarge);
         }
-        let slot = self.shared.options.partitions.slot(to).ok_or(AppendError::NoSuchPartition)? as u32;
-        self.shared.queue.push(Entry { payload, sink: Arc::clone(sink), token, slot })
+        let slot = self.shared.slots().slot(to).ok_or(AppendError::NoSuchPartition)? as u32;
+        let sink = if to.topic == Topic::Layout { self.layout_sink(&payload, sink)? } else { Arc::clone(sink) };
+        self.shared.queue.push(Entry { payload, sink, token, slot })
     }
 
     async fn consumer(&self, group: &str, topics: &[Topic]) -> Result<Box<dyn Consumer>, ReadError> {

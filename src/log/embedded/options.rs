@@ -104,7 +104,7 @@ pub enum OpenError {
     /// The number of partitions is not the one the log was made with.
     #[error(
         "the log was made with {made} partitions of topic {topic}, the configuration says {asked}: \
-         set it back to {made}; a log keeps its partitions for ever, since accounts are spread by their number"
+         set it back to {made}, which is how the log began; `sealpost topology scale` spreads accounts over another number"
     )]
     Partitions {
         /// Which topic.

@@ -17,6 +17,7 @@ use crate::log::embedded::format::{self, CHUNK_ALIGN, ChunkHead, RunHead, RunKin
 use crate::log::embedded::index::{SegmentIndex, SegmentInfo, segment_number, segment_path};
 use crate::log::embedded::options::{FIRST_SEGMENT_BYTES, OpenError, Options};
 use crate::log::embedded::reader::{Window, place};
+use crate::log::embedded::slots::Slots;
 use crate::log::embedded::spare::{self, Prepared};
 use crate::log::embedded::summary::{Sealed, Summary};
 use crate::log::embedded::view::{Part, View};
@@ -25,6 +26,7 @@ use crate::log::embedded::writer::Active;
 /// What [`recover`] found, ready to go on.
 pub(super) struct Recovered {
     pub log: u64,
+    pub slots: Slots,
     pub view: View,
     pub active: Active,
     /// Number of the next commit.
@@ -55,7 +57,7 @@ pub(super) fn recover(options: &Options) -> Result<Recovered, OpenError> {
             if numbers.is_empty() {
                 return Err(OpenError::damaged(&options.dir, 0, "there is a meta file but no segment"));
             }
-            Recovery::new(options, meta.log).run(&numbers)
+            Recovery::new(options, meta.log, meta.slots(&options.partitions)).run(&numbers)
         }
         None => create(options, &numbers),
     }
@@ -81,10 +83,11 @@ fn create(options: &Options, numbers: &[u64]) -> Result<Recovered, OpenError> {
     let prepared =
         spare::prepare(options.disk.as_ref(), &options.dir, header, |_, _| true).map_err(OpenError::io("write to", &options.dir))?;
     let path = Meta::path(&options.dir);
-    files::save(options.disk.as_ref(), &path, &Meta::new(log, &options.partitions)).map_err(OpenError::io("write", &path))?;
-    let mut view = View::empty(options.partitions.total());
+    let slots = Slots::new(options.partitions, options.partitions.inbox);
+    files::save(options.disk.as_ref(), &path, &Meta::new(log, &slots)).map_err(OpenError::io("write", &path))?;
+    let mut view = View::empty(slots.total());
     view.active = 1;
-    Ok(Recovered { log, view, active: Active::fresh(prepared, 1), commit: 1, spare: None, sealed: Vec::new() })
+    Ok(Recovered { log, slots, view, active: Active::fresh(prepared, 1), commit: 1, spare: None, sealed: Vec::new() })
 }
 
 fn open(options: &Options, number: u64) -> Result<(PathBuf, Arc<dyn DiskFile>, SegmentHeader), OpenError> {
@@ -106,6 +109,7 @@ fn open(options: &Options, number: u64) -> Result<(PathBuf, Arc<dyn DiskFile>, S
 struct Recovery<'a> {
     options: &'a Options,
     log: u64,
+    slots: Slots,
     view: View,
     /// Number of the next commit; unknown before the first.
     commit: Option<u64>,
@@ -123,15 +127,8 @@ struct Scanned {
 }
 
 impl<'a> Recovery<'a> {
-    fn new(options: &'a Options, log: u64) -> Self {
-        Self {
-            options,
-            log,
-            view: View::empty(options.partitions.total()),
-            commit: None,
-            last: (options.dir.clone(), 0),
-            sealed: Vec::new(),
-        }
+    fn new(options: &'a Options, log: u64, slots: Slots) -> Self {
+        Self { options, log, slots, view: View::empty(slots.total()), commit: None, last: (options.dir.clone(), 0), sealed: Vec::new() }
     }
 
     fn run(mut self, numbers: &[u64]) -> Result<Recovered, OpenError> {
@@ -200,9 +197,9 @@ impl<'a> Recovery<'a> {
         };
         let path = Positions::path(&self.options.dir);
         if let Some(positions) = files::load::<Positions>(self.options.disk.as_ref(), &path)? {
-            positions.apply(&mut self.view, &self.options.partitions);
+            positions.apply(&mut self.view, &self.slots);
         }
-        Ok(Recovered { log: self.log, view: self.view, active, commit, spare, sealed: self.sealed })
+        Ok(Recovered { log: self.log, slots: self.slots, view: self.view, active, commit, spare, sealed: self.sealed })
     }
 
     /// Takes over what a summary says, if there is one; the summary itself is only a help.
@@ -214,7 +211,7 @@ impl<'a> Recovery<'a> {
             Err(error) => return Err(error),
         };
         let Summary { info, after, extents } = summary;
-        if info.number != header.number || info.salt != header.salt || after.len() != self.view.parts.len() {
+        if info.number != header.number || info.salt != header.salt || after.len() > self.view.parts.len() {
             return Ok(false);
         }
         if let Some(expected) = self.commit
@@ -226,6 +223,7 @@ impl<'a> Recovery<'a> {
         }
         self.commit = Some(info.last_commit + 1);
         self.last = (path.to_owned(), info.end);
+        // Partitions that were made later have nothing in it.
         for (part, next) in self.view.parts.iter_mut().zip(after) {
             part.next = next;
         }
@@ -334,7 +332,7 @@ impl<'a> Recovery<'a> {
         for run in place(at, head, runs) {
             let number = scanned.info.number;
             let RunHead { of, kind, base, count, .. } = run.head;
-            let slot = self.options.partitions.slot(of).ok_or_else(|| damaged(format!("there is no partition {of:?}")))?;
+            let slot = self.slots.slot(of).ok_or_else(|| damaged(format!("there is no partition {of:?}")))?;
             let part = &mut self.view.parts[slot];
             let end = base + u64::from(count);
             if kind == RunKind::Carried && end > part.next {
@@ -353,7 +351,7 @@ impl<'a> Recovery<'a> {
     }
 
     fn part(&mut self, of: TopicPartition) -> Option<&mut Part> {
-        self.options.partitions.slot(of).map(|slot| &mut self.view.parts[slot])
+        self.slots.slot(of).map(|slot| &mut self.view.parts[slot])
     }
 
     /// See the module.

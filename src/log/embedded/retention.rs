@@ -2,7 +2,7 @@
 //!
 //! A segment goes when nobody needs it any more (all of it was forgotten by `truncate_before`), when it is past its age and
 //! every consumer group is past it, or when all segments together are over the size cap. Its records of
-//! [`Topic::Directory`] that were not forgotten are first written again at the new end, with the offsets they have;
+//! [`Topic::Directory`] and [`Topic::Layout`] that were not forgotten are first written again at the new end, with the offsets they have;
 //! only when that is on disk does the file go. A crash in between leaves both copies, and either serves.
 
 use std::sync::mpsc;
@@ -16,6 +16,11 @@ use crate::log::{Topic, TopicPartition};
 
 /// Records carried in one commit.
 const CARRY_BYTES: usize = 1024 * 1024;
+
+/// Topics whose records stay, whatever becomes of their segment.
+const fn is_kept(topic: Topic) -> bool {
+    matches!(topic, Topic::Directory | Topic::Layout)
+}
 
 /// What becomes of the oldest segment.
 enum Verdict {
@@ -45,7 +50,7 @@ impl Shared {
             let verdict = self.judge(&self.view.lock());
             let Verdict::Goes { segment, carry, forced, early, size } = verdict else { return Ok(()) };
             if early && self.carries_most(&carry, size)? {
-                tracing::error!("the log is over its size cap, but its old end is mostly directory records, which stay: raise the cap");
+                tracing::error!("the log is over its size cap, but its old end is mostly records that stay: raise the cap");
                 return Ok(());
             }
             for (slot, first, end) in carry {
@@ -56,7 +61,7 @@ impl Shared {
             }
             {
                 let mut view = self.view.lock();
-                let all = self.options.partitions.all();
+                let all = self.slots().all();
                 if self.kept_in(&view, &all, segment).next().is_some() {
                     return Err("records that must stay were not carried".to_owned());
                 }
@@ -75,10 +80,10 @@ impl Shared {
         if segment == view.active {
             return Verdict::Stays;
         }
-        let all = self.options.partitions.all();
+        let all = self.slots().all();
         let carry: Vec<(u32, u64, u64)> = self.kept_in(view, &all, segment).collect();
         let (mut live, mut held) = (!carry.is_empty(), false);
-        for (slot, part) in view.parts.iter().enumerate().filter(|(slot, _)| all[*slot].topic != Topic::Directory) {
+        for (slot, part) in view.parts.iter().enumerate().filter(|(slot, _)| !is_kept(all[*slot].topic)) {
             let Some(end) = part.extents.within(segment).map(|(_, end)| end).max().filter(|end| *end > part.forgotten) else { continue };
             live = true;
             held |= view.committed_by_all(slot as u32, all[slot].topic) < end;
@@ -109,9 +114,9 @@ impl Shared {
         Ok(bytes > size_of_segment / 2)
     }
 
-    /// The directory records of a segment that are not forgotten: slot, first offset, end.
+    /// The records of a segment that stay and are not forgotten: slot, first offset, end.
     fn kept_in<'a>(&self, view: &'a View, all: &'a [TopicPartition], segment: u64) -> impl Iterator<Item = (u32, u64, u64)> + 'a {
-        view.parts.iter().enumerate().filter(|(slot, _)| all[*slot].topic == Topic::Directory).flat_map(move |(slot, part)| {
+        view.parts.iter().enumerate().filter(|(slot, _)| is_kept(all[*slot].topic)).flat_map(move |(slot, part)| {
             let rest = move |(first, end): (u64, u64)| (slot as u32, first.max(part.forgotten), end);
             part.extents.within(segment).map(rest).filter(|(_, first, end)| first < end)
         })

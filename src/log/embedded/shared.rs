@@ -1,17 +1,20 @@
 //! What the threads of one log share.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
 
+use crate::limits;
+use crate::log::embedded::files::{self, Meta};
 use crate::log::embedded::keeper::Keeper;
 use crate::log::embedded::options::Options;
 use crate::log::embedded::queue::Queue;
 use crate::log::embedded::reader::OpenSegments;
+use crate::log::embedded::slots::Slots;
 use crate::log::embedded::spare::Spare;
-use crate::log::embedded::view::View;
-use crate::log::{AppendError, ReadError, TopicPartition};
+use crate::log::embedded::view::{Part, View};
+use crate::log::{AppendError, ReadError, Topic, TopicPartition};
 use crate::metrics;
 
 /// See the module.
@@ -26,6 +29,10 @@ pub(super) struct Shared {
     pub open: Mutex<OpenSegments>,
     /// Why there is no next segment, its number and its size.
     unavailable: Mutex<Option<(AppendError, u64, u64)>>,
+    /// How many partitions `inbox` has; changes under the view's lock.
+    inbox: AtomicU16,
+    /// One grows it at a time.
+    growing: Mutex<()>,
     commits: AtomicU64,
     records: AtomicU64,
     bytes: AtomicU64,
@@ -43,7 +50,7 @@ pub struct Stats {
 }
 
 impl Shared {
-    pub fn new(options: Options, log: u64, view: View, spare: Spare) -> Self {
+    pub fn new(options: Options, log: u64, slots: Slots, view: View, spare: Spare) -> Self {
         Self {
             queue: Queue::new(options.queue_bytes),
             options,
@@ -53,6 +60,8 @@ impl Shared {
             keeper: Keeper::default(),
             open: Mutex::new(OpenSegments::default()),
             unavailable: Mutex::new(None),
+            inbox: AtomicU16::new(slots.of(Topic::Inbox)),
+            growing: Mutex::new(()),
             commits: AtomicU64::new(0),
             records: AtomicU64::new(0),
             bytes: AtomicU64::new(0),
@@ -61,7 +70,38 @@ impl Shared {
 
     /// The partition's slot.
     pub fn slot(&self, of: TopicPartition) -> Result<u32, ReadError> {
-        self.options.partitions.slot(of).map(|slot| slot as u32).ok_or(ReadError::NoSuchPartition)
+        self.slots().slot(of).map(|slot| slot as u32).ok_or(ReadError::NoSuchPartition)
+    }
+
+    /// The partitions that there are.
+    pub fn slots(&self) -> Slots {
+        Slots::new(self.options.partitions, self.inbox.load(Ordering::Acquire))
+    }
+
+    /// Makes `inbox` as large as that. It is in the meta file before a record can be in a new partition.
+    pub fn grow_inbox(&self, partitions: u16) -> Result<(), AppendError> {
+        let _one = self.growing.lock();
+        self.health()?;
+        let slots = Slots::new(self.options.partitions, partitions);
+        if partitions <= self.slots().of(Topic::Inbox) {
+            return Ok(());
+        }
+        if partitions > limits::LOG_PARTITIONS {
+            let max = limits::LOG_PARTITIONS;
+            return Err(AppendError::Unavailable(format!(
+                "inbox would have {partitions} partitions, older ones included; the most is {max}"
+            )));
+        }
+        let path = Meta::path(&self.options.dir);
+        files::save(self.options.disk.as_ref(), &path, &Meta::new(self.log, &slots))
+            .map_err(|error| AppendError::Unavailable(format!("{}: {error}", path.display())))?;
+        let mut view = self.view.lock();
+        view.parts.resize_with(slots.total(), Part::default);
+        self.inbox.store(partitions, Ordering::Release);
+        for group in view.groups.values_mut() {
+            group.grow(&slots);
+        }
+        Ok(())
     }
 
     /// How large the segment after one of this size is.

@@ -95,7 +95,7 @@ pub(super) struct Writer {
 
 impl Writer {
     pub fn new(shared: Arc<Shared>, active: Active, commit: u64, next: Vec<u64>) -> Self {
-        let all = shared.options.partitions.all();
+        let all = shared.slots().all();
         let fillings = all.iter().map(|_| Filling::default()).collect();
         Self {
             shared,
@@ -124,7 +124,9 @@ impl Writer {
         let (mut entries, mut carries, mut done) = (Vec::new(), Vec::new(), 0);
         loop {
             let patience = if self.sealed { None } else { Some(SEAL_AFTER) };
-            let started = match self.shared.queue.take(&mut entries, &mut carries, std::mem::take(&mut done), patience) {
+            let work = self.shared.queue.take(&mut entries, &mut carries, std::mem::take(&mut done), patience);
+            self.learn();
+            let started = match work {
                 Work::Some => Instant::now(),
                 Work::Idle => {
                     self.seal();
@@ -149,6 +151,16 @@ impl Writer {
             if count >= LINGER_RECORDS {
                 self.linger(started, &mut done);
             }
+        }
+    }
+
+    /// Partitions that were made since; what was taken may be for them.
+    fn learn(&mut self) {
+        let slots = self.shared.slots();
+        for slot in self.all.len()..slots.total() {
+            self.all.push(slots.at(slot as u32));
+            self.next.push(0);
+            self.fillings.push(Filling::default());
         }
     }
 

@@ -46,8 +46,8 @@ impl Layouts {
         Arc::clone(&self.0.read().layout)
     }
 
-    pub fn age(&self) -> Duration {
-        self.0.read().since.elapsed()
+    pub fn is_known(&self) -> bool {
+        self.0.read().since.elapsed() >= Duration::from_millis(limits::LAYOUT_FENCE_MS)
     }
 
     pub fn route(&self, account: &AccountId) -> Result<TopicPartition, AppendError> {

@@ -237,8 +237,8 @@ impl EventLog for KafkaLog {
         self.layouts.current()
     }
 
-    fn layout_age(&self) -> Duration {
-        self.layouts.age()
+    fn layout_is_known(&self) -> bool {
+        self.layouts.is_known()
     }
 
     fn route(&self, account: &AccountId) -> Result<TopicPartition, AppendError> {

@@ -61,8 +61,11 @@ impl Worker {
     pub(super) async fn look_at_layout(&mut self, consumer: &mut dyn Consumer) -> Result<(), WorkerError> {
         let layout = self.parts.log.layout();
         let ready: Vec<TopicPartition> = self.waiting.extract_if(.., |tp| layout.is_open(tp.partition)).collect();
-        self.take_up(ready, consumer).await?;
-        if layout.is_settled() || self.parts.log.layout_age() < Duration::from_millis(limits::LAYOUT_FENCE_MS) {
+        if !ready.is_empty() {
+            self.take_up(ready, consumer).await?;
+            self.say_progress(consumer).await?;
+        }
+        if layout.is_settled() || !self.parts.log.layout_is_known() {
             return Ok(());
         }
         let old: Vec<TopicPartition> =
@@ -109,11 +112,9 @@ impl Worker {
 
     /// Appends records that came too late where they belong. They are safe there before a position covers them here.
     pub(super) async fn pass_on(&self, tp: TopicPartition, late: &[Record]) -> Result<(), WorkerError> {
-        if self.shadow {
-            return Ok(());
-        }
         let mut appends = Vec::new();
-        for record in late {
+        // What is made anew was passed on the first time.
+        for record in late.iter().filter(|record| !self.is_quiet(tp, record)) {
             let event: InboxEvent<'_> = event::decode(&record.payload).map_err(|source| undecodable(tp, record, source))?;
             if let Some(account) = event.account() {
                 appends.push(async move { append_for(self.parts.log.as_ref(), &account, record.payload.clone()).await });

@@ -9,12 +9,13 @@ use std::time::Duration;
 use crate::clock::{SystemClock, SystemRandom};
 use crate::config::Config;
 use crate::ids::{Offset, Partition};
-use crate::log::{EventLog, PartitionCounts, Topic, TopicPartition};
+use crate::log::{EventLog, Topic, TopicPartition};
 use crate::projector::groups::worker::{Parts as GroupParts, Worker as GroupWorker};
+use crate::projector::rewound::rewound;
 use crate::projector::shadow::NoEdge;
 use crate::projector::worker::{Pace, Parts as WorkerParts, Positions, Worker};
 use crate::server::ServerError;
-use crate::server::embedded::{Opened, open};
+use crate::server::embedded::{Opened, open, open_log};
 use crate::server::{groups, metadata};
 use crate::store::embedded::{EmbeddedStore, Options as StoreOptions};
 use crate::store::groups::GroupStore as _;
@@ -49,17 +50,20 @@ pub async fn rebuild(config: &Config, on_progress: impl Fn(u64)) -> Result<Rebui
     if !Path::new(&config.data).join("log").exists() {
         return Err(ServerError(format!("{} holds no log; name the broker's folder with --data", config.data.display())));
     }
-    let quiet = applied_positions(config).await;
     let opening = config.clone();
-    let Opened { log, store } =
-        tokio::task::spawn_blocking(move || open(&opening, true, None)).await.map_err(|error| ServerError(error.to_string()))??;
+    let log = tokio::task::spawn_blocking(move || open_log(&opening)).await.map_err(|error| ServerError(error.to_string()))??;
+    let quiet = applied_positions(config, log.as_ref()).await;
+    let (opening, opened) = (config.clone(), Arc::clone(&log) as _);
+    let Opened { log, store, .. } =
+        tokio::task::spawn_blocking(move || open(&opening, true, Some(opened))).await.map_err(|error| ServerError(error.to_string()))??;
     let quiet = match quiet {
         Some(quiet) => quiet,
         // The old view can't be read: then everything counts as applied before. At worst receipts of its last window are missing.
         None => ends(log.as_ref()).await?,
     };
+    let view = Positions { delivery: store.clone(), directory: store.clone() };
     let parts = WorkerParts {
-        log: Arc::clone(&log),
+        log: rewound(Arc::clone(&log), &view).await?,
         delivery: store.clone(),
         directory: store.clone(),
         groups: store.clone(),
@@ -71,7 +75,7 @@ pub async fn rebuild(config: &Config, on_progress: impl Fn(u64)) -> Result<Rebui
     let of_groups = quiet.iter().filter(|(tp, _)| tp.topic == Topic::Groups).map(|(tp, before)| (tp.partition, *before)).collect();
     let (worker, _) = Worker::new(parts, Pace::default());
     let worker = worker.recording(metadata::keys(config)?.as_ref());
-    let records = worker.quiet_before(quiet).catch_up(on_progress).await?;
+    let records = worker.whole().quiet_before(quiet).catch_up(on_progress).await?;
     let (worker, _) = GroupWorker::new(group_parts);
     let records = records + worker.quiet_before(of_groups).catch_up().await?;
     log.close().await;
@@ -91,19 +95,18 @@ pub(super) fn group_parts(parts: &WorkerParts, config: &Config) -> Result<GroupP
     })
 }
 
-fn partitions(config: &Config) -> impl Iterator<Item = TopicPartition> {
-    let of = |topic, count| (0..count).map(move |number| TopicPartition { topic, partition: Partition(number) });
-    let groups = PartitionCounts::default().groups;
-    of(Topic::Inbox, config.partitions.inbox).chain(of(Topic::Directory, config.partitions.directory)).chain(of(Topic::Groups, groups))
+fn partitions(log: &dyn EventLog) -> impl Iterator<Item = TopicPartition> {
+    let of = |topic| (0..log.partitions(topic)).map(move |number| TopicPartition { topic, partition: Partition(number) });
+    [Topic::Inbox, Topic::Directory, Topic::Groups].into_iter().flat_map(of)
 }
 
 /// Up to where the present view was applied; `None` if it can't be read.
-async fn applied_positions(config: &Config) -> Option<HashMap<TopicPartition, Offset>> {
+async fn applied_positions(config: &Config, log: &dyn EventLog) -> Option<HashMap<TopicPartition, Offset>> {
     let dir = config.data.join("store");
     let store = tokio::task::spawn_blocking(move || EmbeddedStore::open(&dir, StoreOptions::default())).await.ok()?.ok()?;
     let view = Positions { delivery: store.clone(), directory: store.clone() };
     let mut positions = HashMap::new();
-    for tp in partitions(config) {
+    for tp in partitions(log) {
         let position = match tp.topic {
             Topic::Groups => store.group_position(tp.partition).await,
             _ => view.of(tp).await,
@@ -115,12 +118,9 @@ async fn applied_positions(config: &Config) -> Option<HashMap<TopicPartition, Of
 
 async fn ends(log: &dyn EventLog) -> Result<HashMap<TopicPartition, Offset>, ServerError> {
     let mut ends = HashMap::new();
-    for topic in [Topic::Inbox, Topic::Directory, Topic::Groups] {
-        for number in 0..log.partitions(topic) {
-            let tp = TopicPartition { topic, partition: Partition(number) };
-            let (_, end) = log.bounds(tp).await.map_err(|error| ServerError(error.to_string()))?;
-            ends.insert(tp, end);
-        }
+    for tp in partitions(log) {
+        let (_, end) = log.bounds(tp).await.map_err(|error| ServerError(error.to_string()))?;
+        ends.insert(tp, end);
     }
     Ok(ends)
 }

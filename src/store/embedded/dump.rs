@@ -1,4 +1,4 @@
-//! A digest of the view, to prove that a rebuilt one equals the live one.
+//! The whole view at once: what is pending in it, and a digest, to prove that a rebuilt one equals the live one.
 
 use std::sync::Arc;
 
@@ -6,7 +6,7 @@ use fjall::Readable as _;
 use sha2::{Digest as _, Sha256};
 
 use super::{EmbeddedStore, blocking, groups, unavailable};
-use crate::store::StoreError;
+use crate::store::{InboxState, PendingTotals, StoreError, keyspace};
 
 /// What the view holds, in short: the same for the same rows, however they came there.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -34,6 +34,20 @@ impl std::fmt::Debug for SectionDump {
 }
 
 impl EmbeddedStore {
+    /// Looks through all inboxes, not through what is in them. What is in memory for a window is not in it.
+    pub async fn pending_totals(self: &Arc<Self>) -> Result<PendingTotals, StoreError> {
+        let view = self.view();
+        blocking(move || {
+            let mut totals = PendingTotals::default();
+            for row in view.db.snapshot().iter(&view.inboxes) {
+                let state: InboxState = keyspace::decode_inbox(&row.value().map_err(unavailable)?)?;
+                totals.add(&state);
+            }
+            Ok(totals)
+        })
+        .await
+    }
+
     /// Reads the whole view, at one point in time.
     pub async fn dump_view(self: &Arc<Self>) -> Result<ViewDump, StoreError> {
         let view = self.view();

@@ -195,7 +195,7 @@ struct Made {
 
 async fn make(api: &Api, args: &GroupsArgs, name: &str, keys: &Keyset, progress: &Progress) -> anyhow::Result<Made> {
     let say = |done| progress.say(|| format!("group {name}: {done} of {} members registered", args.members));
-    let registered = api.register_many(&format!("g{name}-"), args.members, keys, 0, say).await?;
+    let registered = api.register_many(&format!("g{name}-"), args.members, 1, keys, 0, say).await?;
     let mut members = registered.iter().map(|one| address(one).map(Member::new)).collect::<anyhow::Result<Vec<Member>>>()?;
     let mut packages = Vec::with_capacity(members.len());
     for member in &mut members[1..] {
