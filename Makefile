@@ -1,13 +1,16 @@
 # `make demo` shows it, `make test` proves it. On Debian and Ubuntu both install what is missing and say so.
 
 CARGO ?= cargo
+# Tests that run on both profiles from one source; the first run of them, by `make unit`, is on the embedded one.
+ON_BOTH := delivery client_e2e client_repair client_kill kill_audit canary isolation http_accounts http_edge http_key_packages http_keys \
+	http_messages http_realms http_stream draining timers private_ca dashboards tracing
 # Seconds for each fuzz target of `make fuzz`.
 FUZZ_SECONDS ?= 20
 # Kafka brokers of `make test-cluster`: 1, or 3 with replication 3 and at least 2 in sync.
 BROKERS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo build test test-cluster cluster-if-java compose-check alerts-check interop fmt lint unit doc features wasm deny bench fuzz kill-audit tools wasm-target
+.PHONY: help demo build test test-cluster cluster-if-java compose-check alerts-check interop fmt lint unit doc features wasm deny bench fuzz kill-audit faults tools wasm-target
 
 help:
 	@echo "make demo        build, then a narrated conversation through a broker that is killed on the way"
@@ -18,6 +21,7 @@ help:
 	@echo "make alerts-check  when the alerts fire and when not, by promtool where it is installed"
 	@echo "make bench       log append, apply, bundle fetch, edge round trip, backlog drain"
 	@echo "make kill-audit  200 random kill -9 of a broker under load, every accepted id audited"
+	@echo "make faults      every fault of topology/faults on a cluster under load, then 50 random kills in one run; about 25 minutes"
 	@echo "make fuzz        every fuzz target for $(FUZZ_SECONDS) s each"
 
 demo: build
@@ -44,13 +48,13 @@ unit: tools
 
 # Compiled first, so that the servers do not wait; brought down whatever happens.
 test-cluster: tools
-	$(CARGO) test --all-features --test 'cluster_*' --test delivery --test client_e2e --test client_repair --test dashboards --test tracing --no-run
+	$(CARGO) test --all-features --test 'cluster_*' $(ON_BOTH:%=--test %) --no-run
 	@dir=$$(mktemp -d "$${TMPDIR:-/tmp}/sealpost-cluster.XXXXXX"); \
 	trap 'topology/local down --dir "$$dir/secure"; topology/local down --dir "$$dir" && rm -rf "$$dir"' EXIT; trap 'exit 130' INT TERM; \
 	topology/local up --dir "$$dir" --brokers $(BROKERS) --only kafka,cassandra && \
 	servers=$$(topology/local env --dir "$$dir") && \
 	env $$servers $(CARGO) test --all-features --test 'cluster_*' -- --test-threads=1 --nocapture && \
-	env $$servers SEALPOST_TEST_PROFILE=cluster $(CARGO) test --all-features --test delivery --test client_e2e --test client_repair --test dashboards --test tracing -- --test-threads=2 && \
+	env $$servers SEALPOST_TEST_PROFILE=cluster SEALPOST_TEST_KILL_ROUNDS=5 $(CARGO) test --all-features $(ON_BOTH:%=--test %) -- --test-threads=3 && \
 	topology/local down --dir "$$dir" && \
 	topology/local up --dir "$$dir/secure" --only kafka,cassandra --secure && \
 	env $$(topology/local env --dir "$$dir/secure") $(CARGO) test --all-features --test cluster_secure -- --test-threads=1 --nocapture
@@ -106,6 +110,12 @@ bench: tools
 
 kill-audit: tools
 	SEALPOST_TEST_KILL_ROUNDS=200 $(CARGO) test --release --all-features --test kill_audit -- --nocapture
+
+# Needs what test-cluster needs; results stay in FAULTS_DIR.
+FAULTS_DIR ?= target/faults
+faults: build
+	topology/faults run all --dir "$(FAULTS_DIR)"
+	topology/faults soak --kills 50 --dir "$(FAULTS_DIR)/soak"
 
 # cargo-fuzz needs the compiler's unstable sanitizer flags. RUSTC_BOOTSTRAP allows them to the stable one, so that nobody needs nightly.
 fuzz: tools

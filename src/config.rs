@@ -226,6 +226,8 @@ pub struct Limits {
     pub key_fetches_per_device_per_min: Option<u32>,
     /// Requests for KeyPackages by one device, each for up to 1,500 accounts. Default 20.
     pub key_package_fetches_per_device_per_min: Option<u32>,
+    /// Commits, proposals and new groups a minute of one device; past it the answer is 429. Default 120.
+    pub group_changes_per_device_per_min: Option<u32>,
     /// One-time prekeys a minute handed out of one device's pool; past it bundles come without one (and with the
     /// last-resort PQ prekey), so that a pool can't be drained. Default 30.
     pub one_time_prekeys_per_device_per_min: Option<u32>,
@@ -248,6 +250,7 @@ impl Default for Limits {
             auth_failures_per_ip_per_min: None,
             key_fetches_per_device_per_min: None,
             key_package_fetches_per_device_per_min: None,
+            group_changes_per_device_per_min: None,
             one_time_prekeys_per_device_per_min: None,
             connections: 200_000,
             connections_per_ip: None,
@@ -273,6 +276,8 @@ pub struct Rates {
     pub key_fetches_per_device_per_min: u32,
     /// See [`Limits::key_package_fetches_per_device_per_min`].
     pub key_package_fetches_per_device_per_min: u32,
+    /// See [`Limits::group_changes_per_device_per_min`].
+    pub group_changes_per_device_per_min: u32,
     /// See [`Limits::one_time_prekeys_per_device_per_min`].
     pub one_time_prekeys_per_device_per_min: u32,
 }
@@ -431,6 +436,7 @@ impl Config {
             auth_failures_per_ip_per_min: or(l.auth_failures_per_ip_per_min, 120),
             key_fetches_per_device_per_min: or(l.key_fetches_per_device_per_min, 120),
             key_package_fetches_per_device_per_min: or(l.key_package_fetches_per_device_per_min, 20),
+            group_changes_per_device_per_min: or(l.group_changes_per_device_per_min, 120),
             one_time_prekeys_per_device_per_min: or(l.one_time_prekeys_per_device_per_min, 30),
         }
     }

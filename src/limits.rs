@@ -82,6 +82,20 @@ pub const GROUP_EDGE_GONE_MS: u64 = 15 * 60_000;
 pub const SESSION_GROUP_BYTES: usize = 4 * 1024 * 1024;
 /// Groups that an edge keeps in memory besides those that are followed.
 pub const CACHED_GROUPS: usize = 10_000;
+/// Who is in them, in bytes: 1,500 members of two devices each are 51 KB.
+pub const GROUP_ROSTERS_BYTES: usize = 64 * 1024 * 1024;
+/// Trees of groups that an edge keeps at hand, in bytes, for those who come back by an external commit.
+pub const GROUP_TREES_BYTES: usize = 32 * 1024 * 1024;
+/// Trees that an edge restores at once: each takes a core for up to a second.
+pub const GROUP_RESTORES_AT_ONCE: usize = 1;
+/// Looks at groups that an edge has under way for those who begin to follow.
+pub const GROUP_LOOKS_AT_ONCE: usize = 128;
+/// Groups that one device begins to follow in a second, beyond twice [`GROUPS_PER_ACCOUNT`] at once.
+pub const GROUP_FOLLOWS_PER_S: u32 = 50;
+/// How long an edge stays attached to a group that nobody follows, in milliseconds: phones come back.
+pub const GROUP_DETACH_MS: u64 = 30_000;
+/// How often an edge looks which groups are to be renewed or given up, in milliseconds.
+pub const GROUP_LOOK_MS: u64 = 5_000;
 
 /// How long an undelivered envelope is kept: 30 days.
 pub const ENVELOPE_TTL_MS: u64 = 30 * 24 * 3600 * 1000;
@@ -96,6 +110,8 @@ pub const MESSAGE_ID_WINDOW: u64 = 128;
 
 /// Requests of one stream that may be unanswered at once; the stream is not read past that.
 pub const SENDS_IN_FLIGHT: usize = 1_024;
+/// Answers that one stream may have waiting for its socket; it is not read past that. A client may write a lot before it reads.
+pub const ANSWERS_QUEUED: usize = 8 * SENDS_IN_FLIGHT;
 /// Envelope bytes sent on a stream and not yet acknowledged; the feed pauses there.
 pub const UNACKED_BYTES: usize = 4 * 1024 * 1024;
 /// Items a session may queue between projector and socket; past that it catches up from the store.

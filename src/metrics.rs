@@ -48,6 +48,8 @@ pub enum RateScope {
     AuthFailures,
     /// Key fetches of one device.
     KeyFetches,
+    /// Changes of groups by one device.
+    GroupChanges,
 }
 
 /// Which one-time prekey.
@@ -141,7 +143,7 @@ macro_rules! labels {
 }
 labels!(Refusal: Full = "full", PerIp = "per_ip", Tls = "tls");
 labels!(Proof: Device = "device", Realm = "realm");
-labels!(RateScope: Ip = "ip", Device = "device", Messages = "messages", Registrations = "registrations", AuthFailures = "auth_failures", KeyFetches = "key_fetches");
+labels!(RateScope: Ip = "ip", Device = "device", Messages = "messages", Registrations = "registrations", AuthFailures = "auth_failures", KeyFetches = "key_fetches", GroupChanges = "group_changes");
 labels!(Prekey: Ec = "ec", Pq = "pq", KeyPackage = "key_package");
 labels!(StoreCall: Position = "position", Write = "write", Inboxes = "inboxes", Marks = "marks", Pending = "pending", Expired = "expired", WriteDirectory = "write_directory", Account = "account", Identity = "identity", DeviceKeys = "device_keys", OneTimeAdd = "one_time_add", OneTimeTake = "one_time_take", OneTimeFirst = "one_time_first", OneTimeCount = "one_time_count", OneTimeRemove = "one_time_remove", Claim = "claim", SealKey = "seal_key", WriteGroups = "write_groups", Group = "group", GroupState = "group_state", GroupItems = "group_items", GroupsOf = "groups_of");
 labels!(Moved: Assigned = "assigned", Revoked = "revoked", Lost = "lost");
@@ -165,6 +167,8 @@ struct Handles {
     pushed: Counter,
     acked: Counter,
     feed_cuts: Counter,
+    group_pushed: Counter,
+    group_feed_cuts: Counter,
     bundles: Counter,
     one_time: Vec<Counter>,
     log_commit: Histogram,
@@ -234,6 +238,8 @@ impl Handles {
             pushed: counter!("sealpost_delivery_pushed_total"),
             acked: counter!("sealpost_delivery_acks_total"),
             feed_cuts: counter!("sealpost_delivery_feed_cuts_total"),
+            group_pushed: counter!("sealpost_groups_pushed_total"),
+            group_feed_cuts: counter!("sealpost_groups_feed_cuts_total"),
             bundles: counter!("sealpost_keys_bundles_total"),
             one_time: pairs.map(|(kind, outcome)| counter!("sealpost_keys_one_time_total", "kind" => kind, "outcome" => outcome)).collect(),
             log_commit: histogram!("sealpost_log_commit_seconds"),
@@ -290,6 +296,8 @@ fn describe() {
     describe_counter!("sealpost_stream_closed_total", "Device streams that ended");
     describe_counter!("sealpost_delivery_pushed_total", "Envelopes and receipts written to streams");
     describe_counter!("sealpost_delivery_feed_cuts_total", "Live feeds that were cut because the client did not keep up");
+    describe_counter!("sealpost_groups_pushed_total", "Items of groups handed to streams that follow them, once for each stream");
+    describe_counter!("sealpost_groups_feed_cuts_total", "Times that items of groups were dropped because the client did not keep up");
     describe_counter!("sealpost_delivery_acks_total", "Acknowledgements taken");
     describe_counter!("sealpost_keys_bundles_total", "Key bundles handed out");
     describe_counter!("sealpost_keys_one_time_total", "What bundle fetches got of the pools of one-time prekeys");
@@ -662,6 +670,20 @@ pub fn observe_lag(records: u64) {
 pub fn observe_feed_cut() {
     if let Some(h) = HANDLES.get() {
         h.feed_cuts.increment(1);
+    }
+}
+
+/// So many items of groups were handed to streams, each counted for each stream.
+pub fn observe_group_pushed(count: u64) {
+    if let Some(h) = HANDLES.get() {
+        h.group_pushed.increment(count);
+    }
+}
+
+/// Items of groups were dropped for one stream.
+pub fn observe_group_feed_cut() {
+    if let Some(h) = HANDLES.get() {
+        h.group_feed_cuts.increment(1);
     }
 }
 

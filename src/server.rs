@@ -22,6 +22,7 @@ use crate::auth::jwks::JwksError;
 use crate::auth::realm::Realms;
 use crate::clock::{Clock, Random, SystemClock, SystemRandom};
 use crate::config::{Config, ConfigError};
+use crate::delivery::groups::GroupService;
 use crate::delivery::hub::Hub;
 use crate::delivery::inbox::Inboxes;
 use crate::delivery::sending::Acceptor;
@@ -235,12 +236,22 @@ impl Edge {
             Arc::clone(&random),
             config.rates().messages_per_device_per_s,
         ));
+        let groups = Arc::new(GroupService::new(crate::delivery::groups::Parts {
+            log: Arc::clone(&backends.log),
+            store: Arc::clone(&backends.groups),
+            clock: Arc::clone(&clock),
+            random: Arc::clone(&random),
+            edge,
+            messages_per_s: config.rates().messages_per_device_per_s,
+            changes_per_min: config.rates().group_changes_per_device_per_min,
+        }));
         let hub = Arc::new(Hub::new(
             edge,
             Arc::clone(&backends.log),
             Arc::clone(&backends.delivery),
             Arc::clone(&directory),
             Arc::clone(&acceptor),
+            groups,
             Arc::clone(&random),
             Duration::from_millis(if config.is_cluster() { limits::CLUSTER_ACK_DELAY_MS } else { limits::ACK_DELAY_MS }),
         ));
@@ -261,6 +272,7 @@ impl Edge {
             sending: self.acceptor,
             inbox: Arc::new(Inboxes(Arc::clone(&self.hub))),
             hub: self.hub,
+            group_sender: None,
             operations,
         })
     }
@@ -363,6 +375,7 @@ impl Broker {
             Some(edge) => {
                 let (hub, realms) = (Arc::clone(&edge.hub), Arc::clone(&edge.realms));
                 tasks.push(tokio::spawn(Arc::clone(&hub).run_acks(edge_stops.clone())));
+                tasks.push(tokio::spawn(Arc::clone(&hub.groups).run(edge_stops.clone())));
                 tasks.push(tokio::spawn(hub.run_heartbeat(edge_stops)));
                 let until = drain.clone();
                 tasks.push(tokio::spawn(async move { realms.keep_fresh(until).await }));

@@ -3,7 +3,7 @@
 //! killed, and after it stopped.
 #![allow(clippy::unwrap_used, reason = "a test")]
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -14,6 +14,7 @@ use sealpost::cli::canary::{Canary, Searched};
 use sealpost::cli::child::BrokerProcess;
 use sealpost::client::{Client, Message, Status, dev_token};
 use sealpost::ids::AccountId;
+use sealpost::testing::process;
 
 async fn join(server: &str, identity: &str, folder: &Path, device: &str) -> Arc<Client> {
     let token = dev_token(server, &identity.parse().unwrap()).await.unwrap();
@@ -67,9 +68,34 @@ fn secrets(database: &Path) -> Vec<Vec<u8>> {
     out
 }
 
+/// Where the server keeps things. On the cluster profile Kafka and Cassandra do: in folders that bear the test's name, and in the commit log.
+fn kept(broker: &BrokerProcess) -> Vec<PathBuf> {
+    let mut folders = vec![broker.data().to_owned()];
+    let cluster = broker.settings().iter().find(|(name, _)| name == "SEALPOST_CQL__KEYSPACE").map(|(_, keyspace)| keyspace);
+    if let (Some(name), Some(cluster)) = (cluster, std::env::var_os("SEALPOST_TEST_TOPOLOGY")) {
+        named(Path::new(&cluster), name, &mut folders);
+        assert!(folders.len() > 5, "topics, keyspaces and the commit log: {folders:?}");
+    }
+    folders
+}
+
+fn named(folder: &Path, name: &str, found: &mut Vec<PathBuf>) {
+    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+        let (path, file) = (entry.path(), entry.file_name());
+        let file = file.to_string_lossy();
+        if file.starts_with(name) || file == "commitlog" {
+            found.push(path);
+        } else {
+            named(&path, name, found);
+        }
+    }
+}
+
 async fn search(canary: &Canary, broker: &BrokerProcess, when: &str) -> Searched {
     let mut searched = Searched::default();
-    canary.search_folder(broker.data(), &mut searched).unwrap();
+    for folder in kept(broker) {
+        canary.search_folder(&folder, &mut searched).unwrap();
+    }
     canary.search(&std::fs::read(broker.log()).unwrap(), &mut searched);
     if broker.pid().is_some() {
         for path in ["metrics", "openapi.json", "v1/server"] {
@@ -89,7 +115,7 @@ async fn search(canary: &Canary, broker: &BrokerProcess, when: &str) -> Searched
 async fn plaintext_and_private_keys_are_nowhere_on_the_server() {
     let folder = tempfile::tempdir().unwrap();
     let program = Path::new(env!("CARGO_BIN_EXE_sealpost"));
-    let mut broker = BrokerProcess::start(program, &folder.path().join("server"), &folder.path().join("server.log")).await.unwrap();
+    let mut broker = process::start(program, folder.path()).await.unwrap();
     let server = broker.url().as_str().trim_end_matches('/').to_owned();
     let alice = join(&server, "alice@socialink", folder.path(), "alice").await;
     let bob = join(&server, "bob@vignette", folder.path(), "bob").await;
@@ -125,7 +151,9 @@ async fn plaintext_and_private_keys_are_nowhere_on_the_server() {
     let mut control = Canary::new();
     control.add(IdentityKeyPair::try_from(&pair[..]).unwrap().public_key().public_key_bytes());
     let mut searched = Searched::default();
-    control.search_folder(broker.data(), &mut searched).unwrap();
+    for folder in kept(&broker) {
+        control.search_folder(&folder, &mut searched).unwrap();
+    }
     assert!(searched.found > 0, "a public key is found where it must be");
 
     let mut canary = Canary::new();

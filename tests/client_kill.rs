@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use sealpost::client::{Client, Event, Status};
 use sealpost::config::Config;
 use sealpost::server::Broker;
-use sealpost::testing::process::BrokerProcess;
+use sealpost::testing::process;
 use serde_json::Value;
 
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -171,8 +171,7 @@ async fn told(client: &Client) -> Vec<String> {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_broker_that_is_killed_again_and_again_loses_nothing_and_repeats_nothing() {
     let dir = tempfile::tempdir().expect("a folder");
-    let (data, log) = (dir.path().join("data"), dir.path().join("broker.log"));
-    let mut broker = BrokerProcess::start(Path::new(env!("CARGO_BIN_EXE_sealpost")), &data, &log).await.expect("the broker starts");
+    let mut broker = process::start(Path::new(env!("CARGO_BIN_EXE_sealpost")), dir.path()).await.expect("the broker starts");
     let url = broker.url().to_string();
     let mut clients = Vec::new();
     for identity in ["alice@socialink", "bob@vignette"] {

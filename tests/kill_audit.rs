@@ -12,10 +12,10 @@ use std::time::{Duration, Instant};
 
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
-use sealpost::cli::child::BrokerProcess;
 use sealpost::cli::load::{Plan, Progress, on_own_thread, traffic};
 use sealpost::client::core::content::MessageId;
 use sealpost::client::{Client, Event, dev_token};
+use sealpost::testing::process;
 
 fn rounds() -> u32 {
     std::env::var("SEALPOST_TEST_KILL_ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(25)
@@ -32,8 +32,7 @@ fn seeded() -> StdRng {
 async fn nothing_accepted_is_lost_or_seen_twice_over_random_kills() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let program = Path::new(env!("CARGO_BIN_EXE_sealpost"));
-    let mut broker =
-        BrokerProcess::start(program, &folder.path().join("data"), &folder.path().join("log")).await.expect("the broker starts");
+    let mut broker = process::start(program, folder.path()).await.expect("the broker starts");
     let (mut random, rounds) = (seeded(), rounds());
 
     let stop = Arc::new(AtomicBool::new(false));
@@ -139,8 +138,7 @@ impl Device {
 async fn applications_see_each_text_once_over_kills_of_the_broker_and_restarts_of_clients() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let program = Path::new(env!("CARGO_BIN_EXE_sealpost"));
-    let mut broker =
-        BrokerProcess::start(program, &folder.path().join("data"), &folder.path().join("log")).await.expect("the broker starts");
+    let mut broker = process::start(program, folder.path()).await.expect("the broker starts");
     let server = broker.url().as_str().trim_end_matches('/').to_owned();
     let mut random = seeded();
     let mut devices = Vec::new();

@@ -53,6 +53,10 @@ fn the_example_signature_verifies() {
 fn the_example_batches_decode_to_what_the_page_says() {
     let batch = ClientBatch::decode(bytes(&block("#### Example: an acknowledgement")).as_slice()).expect("decodes");
     assert!(matches!(&batch.frames[..], [frame] if matches!(&frame.frame, Some(client_frame::Frame::Ack(ack)) if ack.seq == 300)));
+    let batch = ClientBatch::decode(bytes(&block("#### Example: following")).as_slice()).expect("decodes");
+    let [frame] = &batch.frames[..] else { panic!("one frame") };
+    let Some(client_frame::Frame::GroupFollow(follow)) = &frame.frame else { panic!("a group") };
+    assert_eq!((follow.group_id.as_ref(), follow.stop), (&[1; 16][..], false));
     let batch = ServerBatch::decode(bytes(&block("#### Example: an answer")).as_slice()).expect("decodes");
     let [frame] = &batch.frames[..] else { panic!("one frame") };
     let Some(server_frame::Frame::Result(result)) = &frame.frame else { panic!("a result") };

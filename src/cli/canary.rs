@@ -93,7 +93,12 @@ impl Canary {
 
     /// Looks through every file below a folder, names of files included.
     pub fn search_folder(&self, folder: &Path, searched: &mut Searched) -> io::Result<()> {
-        for entry in fs::read_dir(folder)? {
+        let entries = match fs::read_dir(folder) {
+            // A running store may have just removed it.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            entries => entries?,
+        };
+        for entry in entries {
             let path = entry?.path();
             searched.found += self.count(path.as_os_str().as_encoded_bytes());
             if path.is_dir() {
@@ -101,7 +106,6 @@ impl Canary {
             } else if path.is_file() {
                 match fs::read(&path) {
                     Ok(bytes) => self.search(&bytes, searched),
-                    // A running store may have just removed it.
                     Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                     Err(error) => return Err(error),
                 }

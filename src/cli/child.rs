@@ -20,13 +20,20 @@ pub struct BrokerProcess {
     data: PathBuf,
     log: PathBuf,
     port: u16,
+    settings: Vec<(String, String)>,
     child: Option<Child>,
 }
 
 impl BrokerProcess {
     /// Starts this program's broker on a data folder; its output is appended to `log`. Returns once it listens.
     pub async fn start(program: &Path, data: &Path, log: &Path) -> anyhow::Result<Self> {
-        let mut broker = Self { program: program.to_owned(), data: data.to_owned(), log: log.to_owned(), port: 0, child: None };
+        Self::start_with(program, data, log, Vec::new()).await
+    }
+
+    /// The same with settings by environment variables.
+    pub async fn start_with(program: &Path, data: &Path, log: &Path, settings: Vec<(String, String)>) -> anyhow::Result<Self> {
+        let (program, data, log) = (program.to_owned(), data.to_owned(), log.to_owned());
+        let mut broker = Self { program, data, log, port: 0, settings, child: None };
         broker.restart().await?;
         Ok(broker)
     }
@@ -46,6 +53,11 @@ impl BrokerProcess {
         &self.data
     }
 
+    /// What it was told by environment variables.
+    pub fn settings(&self) -> &[(String, String)] {
+        &self.settings
+    }
+
     /// Everything that it has printed.
     pub fn log(&self) -> &Path {
         &self.log
@@ -63,6 +75,7 @@ impl BrokerProcess {
             .arg(&self.data)
             .arg("--listen")
             .arg(format!("127.0.0.1:{}", self.port))
+            .envs(self.settings.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log)

@@ -60,6 +60,11 @@ impl Batch {
         frame.encode_raw(&mut self.bytes);
     }
 
+    /// Adds frames that are encoded already.
+    pub fn encoded(&mut self, frames: &[u8]) {
+        self.bytes.extend_from_slice(frames);
+    }
+
     /// Adds an answer that a send was accepted.
     pub fn accepted(&mut self, request_id: u64) {
         self.frame(Frame::Result(stream::SendResult { request_id, ..Default::default() }));

@@ -13,6 +13,7 @@ use tokio::sync::{Notify, watch};
 
 use crate::auth::KnownDevice;
 use crate::clock::Random;
+use crate::delivery::groups::{Arrived, GroupService};
 use crate::delivery::outbox::{FeedItem, Handle, TICK};
 use crate::delivery::sending::Acceptor;
 use crate::directory::Directory;
@@ -40,6 +41,8 @@ pub struct Hub {
     pub directory: Arc<Directory>,
     /// Takes what devices send.
     pub acceptor: Arc<Acceptor>,
+    /// Groups.
+    pub groups: Arc<GroupService>,
     random: Arc<dyn Random>,
     /// How long acknowledgements are gathered before they are appended. Losing one only sends an envelope again.
     ack_delay: Duration,
@@ -73,6 +76,7 @@ impl Hub {
         delivery: Arc<dyn DeliveryStore>,
         directory: Arc<Directory>,
         acceptor: Arc<Acceptor>,
+        groups: Arc<GroupService>,
         random: Arc<dyn Random>,
         ack_delay: Duration,
     ) -> Self {
@@ -82,6 +86,7 @@ impl Hub {
             delivery,
             directory,
             acceptor,
+            groups,
             random,
             ack_delay,
             sessions: std::array::from_fn(|_| Mutex::default()),
@@ -134,6 +139,7 @@ impl Hub {
         }
         drop(sessions);
         metrics::observe_stream_closed(handle.closing());
+        self.groups.end(handle);
         self.append_ack(handle);
         self.submit(device, &InboxEvent::DeviceDetached { device, edge: self.edge, attach: handle.attach() });
     }
@@ -212,6 +218,7 @@ impl Hub {
             }
             if tick.is_multiple_of(limits::TIDY_TICKS) {
                 self.acceptor.tidy();
+                self.groups.tidy();
             }
         }
     }
@@ -238,6 +245,7 @@ impl Hub {
         while self.sessions.iter().any(|shard| !shard.lock().is_empty()) && tokio::time::Instant::now() < deadline {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
+        self.groups.detach_all();
     }
 
     /// How long a client of a draining edge is told to wait: not all the same, for clients that add nothing of their own.
@@ -266,7 +274,7 @@ impl Hub {
 
     fn general(&self, push: Push) {
         match push {
-            Push::Item { .. } => unreachable!("items are taken in runs by `deliver`, and never broadcast"),
+            Push::Item { .. } | Push::GroupItem { .. } => unreachable!("items are taken in runs by `deliver`, and never broadcast"),
             Push::Attached { device, attach, at, inbox } => self.with_session(&device, Some(attach), |handle| handle.attached(at, inbox)),
             Push::Replaced { device, attach } => self.with_session(&device, Some(attach), |handle| handle.close(CloseReason::Replaced)),
             Push::Revoked { device } => self.with_session(&device, None, |handle| handle.close(CloseReason::Revoked)),
@@ -276,8 +284,7 @@ impl Hub {
                 }
             }
             Push::Full { device, full } => self.acceptor.set_full(device, full),
-            // Nothing here follows a group yet.
-            Push::GroupItem { .. } | Push::GroupAttached { .. } | Push::GroupVerdict { .. } => {}
+            push @ (Push::GroupAttached { .. } | Push::GroupVerdict { .. }) => self.groups.pushed(push),
             Push::Verdict { request, verdict } => self.directory.complete(request.number, verdict),
             Push::AccountChanged { account } => {
                 self.directory.invalidate(account);
@@ -313,6 +320,7 @@ impl Hub {
     /// What a projector pushed to this edge.
     pub fn deliver(&self, batch: Vec<Push>) {
         let mut touched: Vec<Arc<Handle>> = Vec::new();
+        let mut group_items = Vec::new();
         for push in batch {
             match push {
                 Push::Item { device, attach, after, item, trace } => self.with_session(&device, Some(attach), |handle| {
@@ -321,9 +329,16 @@ impl Hub {
                         touched.push(Arc::clone(handle));
                     }
                 }),
+                Push::GroupItem { group, item, roster } => group_items.push(Arrived { group, item, roster }),
+                // Behind the items that came before it: an attachment is met in their order.
+                push @ Push::GroupAttached { .. } => {
+                    self.groups.deliver(std::mem::take(&mut group_items), &mut touched);
+                    self.general(push);
+                }
                 other => self.general(other),
             }
         }
+        self.groups.deliver(group_items, &mut touched);
         for handle in touched {
             handle.wake();
         }
@@ -332,6 +347,7 @@ impl Hub {
     /// Pushes may have been lost on their way to this edge: every stream attaches anew, and what is cached of accounts may have changed.
     pub fn cut_all(&self) {
         self.directory.invalidate_all();
+        self.groups.cut_all();
         for shard in &self.sessions {
             for handle in shard.lock().values() {
                 handle.cut();

@@ -2,6 +2,7 @@
 
 pub mod api;
 pub mod frames;
+pub mod groups;
 pub mod hub;
 pub mod inbox;
 pub mod outbox;

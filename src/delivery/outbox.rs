@@ -1,23 +1,24 @@
 //! What waits to be written to one stream: filled by the projector's pushes and the log's outcomes, emptied by the session.
 //! Bounded: a stream that can't keep up loses its live feed here, and catches up from the store.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
+use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
 use crate::auth::KnownDevice;
 use crate::delivery::api::SendError;
 use crate::delivery::sending::append_failed;
-use crate::ids::{AttachId, ClientMessageId, DeviceAddr, Offset, Seq};
+use crate::ids::{AttachId, ClientMessageId, DeviceAddr, GroupId, Offset, Seq};
 use crate::limits;
 use crate::log::{AppendError, AppendSink};
 use crate::metrics;
 use crate::store::{InboxState, PendingItem};
 use crate::traces::Span;
-use crate::wire::stream::{CloseReason, SendResult};
+use crate::wire::stream::{CloseReason, Code, SendResult};
 
 /// How often streams are looked at for silence.
 pub const TICK: Duration = Duration::from_millis(limits::HEARTBEAT_TICK_MS);
@@ -75,6 +76,50 @@ struct Outbox {
     ack_appended: Seq,
     /// The feed is paused until the client acknowledges.
     stalled: bool,
+    /// What it has of groups; most streams follow none.
+    groups: Option<Box<Groups>>,
+}
+
+/// What a stream has of groups.
+#[derive(Debug, Default)]
+struct Groups {
+    /// Those that it follows; true: it waits for the answer.
+    followed: BTreeMap<GroupId, bool>,
+    queue: GroupQueue,
+    bytes: usize,
+    heads: BTreeMap<GroupId, Where>,
+    /// Items of these were dropped: the client is told where they are.
+    lost: BTreeSet<GroupId>,
+}
+
+/// Encoded frames of groups' items, shared with all who follow.
+pub type GroupQueue = VecDeque<(GroupId, Bytes)>;
+
+/// What a client is told of a group that it follows, or wants to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Where {
+    /// Whether it follows.
+    pub code: Code,
+    /// The group's last item.
+    pub seq: Seq,
+    /// The group's epoch.
+    pub epoch: u64,
+}
+
+impl Where {
+    /// It does not follow.
+    pub const fn refused(code: Code) -> Self {
+        Self { code, seq: Seq::ZERO, epoch: 0 }
+    }
+}
+
+/// What a session takes out of its outbox of groups, besides items.
+#[derive(Debug, Default)]
+pub struct TakenGroups {
+    /// Answers to `GroupFollow`.
+    pub heads: BTreeMap<GroupId, Where>,
+    /// Groups that items were dropped of.
+    pub lost: BTreeSet<GroupId>,
 }
 
 /// A client acknowledged what it was never sent. Retrying never helps: it has mixed something up.
@@ -83,6 +128,11 @@ struct Outbox {
 pub struct NeverSent;
 
 impl Outbox {
+    /// Answers that wait for the socket.
+    fn answers(&self) -> usize {
+        self.accepted.len() + self.refused.len() + self.groups.as_ref().map_or(0, |groups| groups.heads.len())
+    }
+
     fn cut(&mut self) {
         self.items = VecDeque::new();
         self.bytes = 0;
@@ -125,6 +175,8 @@ pub struct Taken {
     pub ping: bool,
     /// The feed was cut: attach anew.
     pub overflow: bool,
+    /// What there is to say of groups.
+    pub groups: Option<Box<TakenGroups>>,
 }
 
 /// Flow control: what was sent and is not acknowledged.
@@ -299,12 +351,12 @@ impl Handle {
         }
     }
 
-    /// Waits until another send may be in flight, and counts it. Cancel-safe.
+    /// Waits until another request may be in flight, and counts it. A client that does not read its answers is not read either. Cancel-safe.
     pub async fn enter(&self) {
         loop {
             {
                 let mut out = self.out.lock();
-                if out.in_flight < limits::SENDS_IN_FLIGHT || out.closing.is_some() {
+                if out.in_flight < limits::SENDS_IN_FLIGHT && out.answers() < limits::ANSWERS_QUEUED || out.closing.is_some() {
                     out.in_flight += 1;
                     return;
                 }
@@ -315,7 +367,11 @@ impl Handle {
 
     /// A send that was counted by [`Self::enter`] was refused before it reached the log.
     pub fn refuse(&self, request_id: u64, error: &SendError) {
-        let result = refusal(request_id, error);
+        self.refuse_with(refusal(request_id, error));
+    }
+
+    /// The same with these words.
+    pub fn refuse_with(&self, result: SendResult) {
         self.change(|out| {
             out.in_flight -= 1;
             out.refused.push(result);
@@ -376,9 +432,13 @@ impl Handle {
 
     /// Everything that waits, but for items; those go to `items` if `want_items`. Settles the flow with what the client
     /// acknowledged.
-    pub fn take(&self, flow: &mut Flow, items: &mut VecDeque<FeedItem>, want_items: bool) -> Taken {
+    pub fn take(&self, flow: &mut Flow, items: &mut VecDeque<FeedItem>, want_items: bool, group_items: &mut GroupQueue) -> Taken {
         let mut out = self.out.lock();
         out.woken = false;
+        if out.answers() >= limits::ANSWERS_QUEUED {
+            self.room.notify_one();
+        }
+        let groups = out.groups.as_mut().and_then(|groups| groups.take(group_items));
         flow.settle(out.acked);
         out.stalled = flow.is_stalled();
         if want_items && items.is_empty() && !out.items.is_empty() {
@@ -395,6 +455,7 @@ impl Handle {
             key_packages_low: out.key_packages_low.take(),
             ping: std::mem::take(&mut out.ping),
             overflow: out.overflow,
+            groups,
         }
     }
 
@@ -402,6 +463,118 @@ impl Handle {
     pub fn sent(&self, to: Seq) {
         let mut out = self.out.lock();
         out.sent = out.sent.max(to);
+    }
+}
+
+impl Groups {
+    fn take(&mut self, queue: &mut GroupQueue) -> Option<Box<TakenGroups>> {
+        if queue.is_empty() && !self.queue.is_empty() {
+            std::mem::swap(queue, &mut self.queue);
+            self.bytes = 0;
+        }
+        if self.heads.is_empty() && self.lost.is_empty() {
+            return None;
+        }
+        Some(Box::new(TakenGroups { heads: std::mem::take(&mut self.heads), lost: std::mem::take(&mut self.lost) }))
+    }
+}
+
+/// What a request to follow a group means to a stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Begun {
+    /// It is to be looked at.
+    New,
+    /// The answer to an earlier one is the answer to this one.
+    Waits,
+    /// It follows as many as it may.
+    TooMany,
+}
+
+/// Groups. A stream that follows none costs nothing.
+impl Handle {
+    /// The client wants to follow a group; a request that was counted by [`Self::enter`].
+    pub fn begin_follow(&self, group: GroupId) -> Begun {
+        let mut out = self.out.lock();
+        let groups = out.groups.get_or_insert_default();
+        let room = groups.followed.len() < limits::GROUPS_PER_ACCOUNT;
+        match groups.followed.get_mut(&group) {
+            Some(waits) if *waits => {
+                out.in_flight -= 1;
+                Begun::Waits
+            }
+            Some(waits) => {
+                *waits = true;
+                Begun::New
+            }
+            None if room => {
+                groups.followed.insert(group, true);
+                Begun::New
+            }
+            None => Begun::TooMany,
+        }
+    }
+
+    /// Whether the stream follows a group, or waits to.
+    pub fn follows(&self, group: GroupId) -> bool {
+        self.out.lock().groups.as_ref().is_some_and(|groups| groups.followed.contains_key(&group))
+    }
+
+    /// The stream follows a group no longer. False: it did not.
+    pub fn end_follow(&self, group: GroupId) -> bool {
+        let mut out = self.out.lock();
+        let ended = out.groups.as_mut().and_then(|groups| groups.followed.remove(&group));
+        if ended == Some(true) {
+            out.in_flight -= 1;
+            self.room.notify_one();
+        }
+        ended.is_some()
+    }
+
+    /// The stream ends: the groups that it followed.
+    pub fn end_all_follows(&self) -> Vec<GroupId> {
+        let groups = self.out.lock().groups.take();
+        groups.map_or_else(Vec::new, |groups| groups.followed.into_keys().collect())
+    }
+
+    /// Tells the client where a group is, as the answer to its request or by itself. Refused: it does not follow.
+    pub fn group_head(&self, group: GroupId, at: Where) {
+        self.change(|out| {
+            let Some(groups) = &mut out.groups else { return };
+            let waited = match at.code {
+                Code::Ok => groups.followed.get_mut(&group).is_some_and(std::mem::take),
+                _ => groups.followed.remove(&group) == Some(true),
+            };
+            groups.heads.insert(group, at);
+            if waited {
+                out.in_flight -= 1;
+                self.room.notify_one();
+            }
+        });
+    }
+
+    /// Refuses a request to follow that was never begun.
+    pub fn refuse_follow(&self, group: GroupId, code: Code) {
+        self.change(|out| {
+            out.in_flight -= 1;
+            out.groups.get_or_insert_default().heads.insert(group, Where::refused(code));
+        });
+    }
+
+    /// Queues items of a group, encoded. True: the session has to be woken by the caller, once for a run.
+    pub fn push_group(&self, group: GroupId, frames: &Bytes) -> bool {
+        let mut out = self.out.lock();
+        let Some(groups) = &mut out.groups else { return false };
+        if groups.bytes + frames.len() > limits::SESSION_GROUP_BYTES {
+            // What is queued goes first: it is the oldest, and the client has to fetch what comes behind it anyway.
+            groups.lost.extend(groups.queue.drain(..).map(|(group, _)| group));
+            groups.lost.insert(group);
+            groups.bytes = 0;
+            metrics::observe_group_feed_cut();
+        } else {
+            groups.bytes += frames.len();
+            groups.queue.push_back((group, frames.clone()));
+        }
+        !std::mem::replace(&mut out.woken, true)
     }
 }
 

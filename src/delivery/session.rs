@@ -14,11 +14,12 @@ use prost::Message as _;
 use crate::auth::KnownDevice;
 use crate::clock::{Clock, UnixMillis};
 use crate::delivery::frames::Batch;
+use crate::delivery::groups;
 use crate::delivery::hub::Hub;
-use crate::delivery::outbox::{FeedItem, First, Flow, Handle, NeverSent};
+use crate::delivery::outbox::{FeedItem, First, Flow, GroupQueue, Handle, NeverSent, TakenGroups, Where};
 use crate::delivery::sending;
 use crate::directory::AccountView;
-use crate::ids::Seq;
+use crate::ids::{GroupId, Seq};
 use crate::limits;
 use crate::log::AppendSink;
 use crate::metrics;
@@ -68,6 +69,7 @@ impl Session {
             items: 0,
             accepted: None,
             traced: Vec::new(),
+            group_items: GroupQueue::new(),
         };
         (reader, writer)
     }
@@ -93,8 +95,10 @@ impl Reader<'_> {
             match frame.frame {
                 Some(client_frame::Frame::Send(send)) => self.send(send).await,
                 Some(client_frame::Frame::Ack(ack)) => self.ack(Seq(ack.seq))?,
-                // A frame of a newer client; groups are not followed yet.
-                Some(client_frame::Frame::GroupFollow(_) | client_frame::Frame::GroupSend(_)) | None => {}
+                Some(client_frame::Frame::GroupFollow(follow)) => self.follow(&follow).await,
+                Some(client_frame::Frame::GroupSend(send)) => self.group_send(send).await,
+                // A frame of a newer client.
+                None => {}
             }
         }
         Ok(())
@@ -120,6 +124,36 @@ impl Reader<'_> {
             }
             metrics::observe_sends(error.code(), 1);
             handle.refuse(request_id, &error);
+        }
+    }
+
+    async fn follow(&mut self, follow: &stream::GroupFollow) {
+        let Session { hub, handle } = self.session;
+        match (GroupId::from_slice(&follow.group_id), follow.stop) {
+            (Ok(group), false) => {
+                handle.enter().await;
+                hub.groups.follow(handle, group);
+            }
+            (Ok(group), true) => hub.groups.unfollow(handle, group),
+            // There is no such group.
+            (Err(_), _) => {
+                handle.enter().await;
+                handle.refuse_follow(GroupId::from_bytes([0; 16]), Code::BadRequest);
+            }
+        }
+    }
+
+    async fn group_send(&mut self, send: stream::GroupSend) {
+        let Session { hub, handle } = self.session;
+        handle.enter().await;
+        let request_id = send.request_id;
+        let taken = match groups::parse(send) {
+            Ok(message) => hub.groups.submit_message(handle.known(), message, &self.sink, request_id).await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = taken {
+            metrics::observe_sends(error.code(), 1);
+            handle.refuse_with(error.result(request_id));
         }
     }
 
@@ -176,6 +210,8 @@ pub struct Writer<'a> {
     accepted: Option<UnixMillis>,
     /// The traced ones of what is being written.
     traced: Vec<Span>,
+    /// Items of groups that were taken and not written yet.
+    group_items: GroupQueue,
 }
 
 impl Writer<'_> {
@@ -190,7 +226,7 @@ impl Writer<'_> {
         }
         loop {
             let Session { hub, handle } = self.session;
-            let taken = handle.take(&mut self.flow, &mut self.local, self.phase == Phase::Live);
+            let taken = handle.take(&mut self.flow, &mut self.local, self.phase == Phase::Live, &mut self.group_items);
             if let Some(reason) = taken.closing {
                 return self.close(reason);
             }
@@ -212,6 +248,9 @@ impl Writer<'_> {
             if let Some(remaining) = taken.key_packages_low {
                 self.batch.frame(Frame::KeyPackagesLow(stream::KeyPackagesLow { remaining }));
             }
+            if let Some(groups) = taken.groups {
+                self.group_heads(&groups);
+            }
             if let Some((at, inbox)) = taken.attached {
                 self.begin(at, inbox);
             }
@@ -224,6 +263,9 @@ impl Writer<'_> {
             }
             if let Err(reason) = self.feed().await {
                 return self.close(reason);
+            }
+            if !self.group_items.is_empty() {
+                self.group_items();
             }
             if taken.ping {
                 return self.ping();
@@ -239,6 +281,34 @@ impl Writer<'_> {
             if !self.can_go_on() {
                 handle.woken().await;
             }
+        }
+    }
+
+    /// Says where groups are. Those that items were dropped of are at what comes next, or behind it.
+    fn group_heads(&mut self, groups: &TakenGroups) {
+        let Session { hub, handle } = self.session;
+        let lost = groups.lost.iter().filter(|group| !groups.heads.contains_key(*group));
+        let lost = lost.map(|&group| {
+            // Of a group that is closed, or that it is out of, the answer to its next request says so.
+            let at = hub.groups.at(group).filter(|_| handle.follows(group));
+            (group, at.unwrap_or(Where::refused(Code::Unavailable)))
+        });
+        let said = groups.heads.iter().map(|(&group, &at)| (group, at));
+        for (group, Where { code, seq, epoch }) in said.chain(lost).collect::<Vec<_>>() {
+            let group_id = Bytes::copy_from_slice(group.as_bytes());
+            self.batch.frame(Frame::GroupHead(stream::GroupHead { group_id, code: code.into(), seq: seq.0, epoch }));
+        }
+    }
+
+    /// As many items of groups as a frame has room for, besides what is in it.
+    fn group_items(&mut self) {
+        let until = self.batch.len() + limits::SERVER_FRAME_TARGET_BYTES;
+        while self.batch.len() < until {
+            let Some((_, frames)) = self.group_items.pop_front() else { break };
+            self.batch.encoded(&frames);
+        }
+        if self.group_items.is_empty() && self.group_items.capacity() > 64 {
+            self.group_items = GroupQueue::new();
         }
     }
 

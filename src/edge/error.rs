@@ -8,7 +8,8 @@ use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 
 use crate::delivery::api::{InboxError, SendError};
-use crate::ids::{DeviceId, InvalidId};
+use crate::delivery::groups::GroupError;
+use crate::ids::{DeviceId, InvalidId, Seq};
 use crate::projector::push::Verdict;
 use crate::store::StoreError;
 use crate::wire::stream::Code;
@@ -30,6 +31,8 @@ pub struct ApiError {
     pub extra_devices: Vec<DeviceId>,
     /// With `stale_devices`: devices that were registered anew.
     pub stale_devices: Vec<DeviceId>,
+    /// With `conflict` in a group: its epoch, and the item that the sender has to take in.
+    pub group_at: Option<(u64, Seq)>,
     /// When to try again; 0 if waiting is not what helps.
     pub retry_after_ms: u32,
     /// Only where HTTP has a finer status than the code (405, 415, 408).
@@ -87,6 +90,7 @@ impl ApiError {
             missing_devices: Vec::new(),
             extra_devices: Vec::new(),
             stale_devices: Vec::new(),
+            group_at: None,
             retry_after_ms: if matches!(code, Code::Unavailable) { RETRY_AFTER_MS } else { 0 },
             status: None,
         }
@@ -148,6 +152,12 @@ pub struct ErrorBody {
     /// With `stale_devices`: devices that were registered anew; drop their sessions.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub stale_devices: Vec<u8>,
+    /// With `conflict` in a group: the group's epoch.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub epoch: Option<u64>,
+    /// With `conflict` in a group: the item that the sender has to take in before it tries again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seq: Option<u64>,
     /// When to try again, in milliseconds. The `Retry-After` header says the same in whole seconds, rounded up.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub retry_after_ms: Option<u32>,
@@ -166,6 +176,8 @@ impl IntoResponse for ApiError {
             missing_devices: numbers(&self.missing_devices),
             extra_devices: numbers(&self.extra_devices),
             stale_devices: numbers(&self.stale_devices),
+            epoch: self.group_at.map(|(epoch, _)| epoch),
+            seq: self.group_at.map(|(_, seq)| seq.0),
             retry_after_ms: (self.retry_after_ms > 0).then_some(self.retry_after_ms),
         };
         let mut response = (self.status(), Json(body)).into_response();
@@ -196,6 +208,17 @@ impl From<InboxError> for ApiError {
     fn from(error: InboxError) -> Self {
         let retry_after_ms = error.retry_after_ms();
         Self { retry_after_ms, ..Self::new(error.code(), error.to_string()) }
+    }
+}
+
+impl From<GroupError> for ApiError {
+    fn from(error: GroupError) -> Self {
+        let mut answer = Self::new(error.code(), error.to_string());
+        answer.retry_after_ms = error.retry_after_ms();
+        if let GroupError::Conflict { epoch, seq } = error {
+            answer.group_at = Some((epoch, seq));
+        }
+        answer
     }
 }
 

@@ -16,7 +16,7 @@ use utoipa_swagger_ui::SwaggerUi;
 
 use super::auth::require_device;
 use super::error::ApiError;
-use super::http::{account, blocks, devices, inbox, key_packages, keys, messages, ops, server, stream};
+use super::http::{account, blocks, devices, group_reads, groups, inbox, key_packages, keys, messages, ops, server, stream};
 use super::serve::Peer;
 use super::{EdgeState, Operations, limits::Client};
 use crate::limits;
@@ -38,6 +38,7 @@ use crate::wire::stream::Code;
         (name = "keys", description = "Publishing key_packages, keys, and fetching those of others"),
         (name = "messages", description = "Sending"),
         (name = "inbox", description = "Receiving without a stream"),
+        (name = "groups", description = "Groups with MLS (RFC 9420)"),
         (name = "stream", description = "Receiving and sending on one WebSocket"),
         (name = "server", description = "What the server is"),
         (name = "operations", description = "For operators")
@@ -62,6 +63,10 @@ impl Modify for Scheme {
 /// forget its credential.
 fn private() -> OpenApiRouter<EdgeState> {
     let send = OpenApiRouter::new().routes(routes!(messages::send)).layer(DefaultBodyLimit::max(limits::SEND_BODY_BYTES));
+    let group_changes = OpenApiRouter::new()
+        .routes(routes!(groups::create, group_reads::list))
+        .routes(routes!(groups::commit))
+        .layer(DefaultBodyLimit::max(limits::GROUP_BODY_BYTES));
     OpenApiRouter::new()
         .routes(routes!(account::get, account::delete))
         .routes(routes!(account::link))
@@ -75,11 +80,18 @@ fn private() -> OpenApiRouter<EdgeState> {
         .routes(routes!(keys::bundles))
         .routes(routes!(key_packages::publish, key_packages::counts))
         .routes(routes!(key_packages::fetch))
+        .routes(routes!(group_reads::details, groups::close))
+        .routes(routes!(groups::propose))
+        .routes(routes!(groups::send))
+        .routes(routes!(group_reads::items))
+        .routes(routes!(group_reads::info))
+        .routes(routes!(group_reads::tree))
         .routes(routes!(inbox::page))
         .routes(routes!(inbox::ack))
         .routes(routes!(stream::open))
         .layer(DefaultBodyLimit::max(limits::BODY_BYTES))
         .merge(send)
+        .merge(group_changes)
 }
 
 fn public() -> OpenApiRouter<EdgeState> {

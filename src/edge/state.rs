@@ -47,6 +47,8 @@ pub struct Parts {
     pub inbox: Arc<dyn Inbox>,
     /// Streams.
     pub hub: Arc<Hub>,
+    /// The public key of the server's voice in groups.
+    pub group_sender: Option<[u8; 32]>,
     /// What every process of a broker shows its operators.
     pub operations: Operations,
 }

@@ -139,6 +139,12 @@ pub struct CheckedProposal {
     pub leaf: u32,
 }
 
+/// The group that a GroupInfo (an MLSMessage) speaks of. Nothing about it is verified.
+pub fn group_of(group_info: &[u8]) -> Result<GroupId, Refused> {
+    let MlsMessageBodyIn::GroupInfo(info) = body(group_info)? else { return Err(Refused::invalid("not a GroupInfo")) };
+    GroupId::from_slice(info.group_id().as_slice()).map_err(Refused::invalid)
+}
+
 impl Public {
     /// A group that somebody creates: from its GroupInfo (an MLSMessage) and tree, which must hold a sound group.
     pub fn create(group_info: &[u8], tree: &[u8], random: &dyn Random) -> Result<Self, Refused> {

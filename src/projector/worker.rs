@@ -193,6 +193,7 @@ impl Worker {
     /// A worker that owns nothing yet. Call within a runtime.
     pub fn new(parts: Parts, pace: Pace) -> (Self, watch::Receiver<Progress>) {
         let (progress, receiver) = watch::channel(Progress::default());
+        parts.bus.begin();
         let worker = Self {
             behind: Behind::start(Arc::clone(&parts.delivery), Arc::clone(&parts.bus)),
             receipts: Vec::new(),

@@ -111,6 +111,17 @@ impl TestCluster {
         format!("{}_new", self.made.cql.keyspace)
     }
 
+    /// What a process of its own is told, by environment variables.
+    pub fn settings(&self) -> Vec<(String, String)> {
+        let settings = [
+            ("SEALPOST_KAFKA__BROKERS", &self.kafka.brokers),
+            ("SEALPOST_KAFKA__PREFIX", &self.kafka.prefix),
+            ("SEALPOST_CQL__HOSTS", &self.cql.hosts),
+            ("SEALPOST_CQL__KEYSPACE", &self.cql.keyspace),
+        ];
+        settings.map(|(name, value)| (name.to_owned(), value.clone())).to_vec()
+    }
+
     /// A process of it that plays this role.
     pub fn join(&self, config: &mut Config, role: Role) {
         config.role = role;

@@ -172,6 +172,11 @@ impl RawDevice {
         Self { base: base.to_owned(), ..self.clone() }
     }
 
+    /// The server that it speaks to.
+    pub fn base(&self) -> &str {
+        &self.base
+    }
+
     /// One authenticated request.
     pub async fn call(&self, method: Method, path: &str, body: Option<Value>) -> anyhow::Result<Answer> {
         let mut request = self.http.request(method, format!("{}{path}", self.base)).bearer_auth(&self.credential);

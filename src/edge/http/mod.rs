@@ -3,6 +3,8 @@
 pub mod account;
 pub mod blocks;
 pub mod devices;
+pub mod group_reads;
+pub mod groups;
 pub mod inbox;
 pub mod key_packages;
 pub mod keys;

@@ -5,6 +5,7 @@ use axum::extract::State;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use super::model::B64;
 use crate::edge::EdgeState;
 use crate::edge::error::{ApiError, ErrorBody};
 use crate::edge::extract::Body;
@@ -21,6 +22,10 @@ pub struct Server {
     pub version: String,
     /// Development mode: anybody can be anybody.
     pub dev: bool,
+    /// The public key (Ed25519, 32 bytes) with which the server proposes to remove devices that are no more: new groups name it as their
+    /// external sender.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group_sender: Option<B64>,
     /// What clients have to keep to.
     pub limits: ServerLimits,
 }
@@ -46,6 +51,14 @@ pub struct ServerLimits {
     pub message_id_window: u64,
     /// Unanswered `Send`s on one stream.
     pub sends_in_flight: usize,
+    /// Accounts in a group.
+    pub group_accounts: usize,
+    /// Groups of an account, and groups that one stream follows.
+    pub groups_per_account: usize,
+    /// Bytes of one MLS commit.
+    pub commit_bytes: usize,
+    /// How many epochs before the group's a message may be of.
+    pub past_epochs: usize,
     /// Bytes of one WebSocket message.
     pub frame_bytes: usize,
     /// How long an undelivered envelope is kept, in milliseconds.
@@ -58,6 +71,7 @@ pub async fn get(State(state): State<EdgeState>) -> Json<Server> {
     Json(Server {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         dev: state.dev.is_some(),
+        group_sender: state.group_sender.map(|key| B64(key.to_vec())),
         limits: ServerLimits {
             devices_per_account: limits::DEVICES_PER_ACCOUNT,
             identities_per_account: limits::IDENTITIES_PER_ACCOUNT,
@@ -68,6 +82,10 @@ pub async fn get(State(state): State<EdgeState>) -> Json<Server> {
             prekeys_low_water: limits::PREKEYS_LOW_WATER,
             message_id_window: limits::MESSAGE_ID_WINDOW,
             sends_in_flight: limits::SENDS_IN_FLIGHT,
+            group_accounts: limits::GROUP_ACCOUNTS,
+            groups_per_account: limits::GROUPS_PER_ACCOUNT,
+            commit_bytes: limits::COMMIT_BYTES,
+            past_epochs: limits::PAST_EPOCHS,
             frame_bytes: limits::FRAME_BYTES,
             envelope_ttl_ms: limits::ENVELOPE_TTL_MS,
         },
