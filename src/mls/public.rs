@@ -130,12 +130,6 @@ pub struct Checked {
     pub invited: Vec<(DeviceAddr, Vec<u8>)>,
 }
 
-/// The group that a GroupInfo (an MLSMessage) speaks of. Nothing about it is verified.
-pub fn group_of(group_info: &[u8]) -> Result<GroupId, Refused> {
-    let MlsMessageBodyIn::GroupInfo(info) = body(group_info)? else { return Err(Refused::invalid("not a GroupInfo")) };
-    GroupId::from_slice(info.group_id().as_slice()).map_err(Refused::invalid)
-}
-
 /// A valid proposal that the group's rules allow.
 pub struct CheckedProposal {
     proposal: QueuedProposal,
@@ -143,6 +137,12 @@ pub struct CheckedProposal {
     pub by: Actor,
     /// The leaf that it wants removed.
     pub leaf: u32,
+}
+
+/// The group that a GroupInfo (an MLSMessage) speaks of. Nothing about it is verified.
+pub fn group_of(group_info: &[u8]) -> Result<GroupId, Refused> {
+    let MlsMessageBodyIn::GroupInfo(info) = body(group_info)? else { return Err(Refused::invalid("not a GroupInfo")) };
+    GroupId::from_slice(info.group_id().as_slice()).map_err(Refused::invalid)
 }
 
 impl Public {
