@@ -97,7 +97,7 @@ struct Secure(CqlOptions);
 impl Fixture for Secure {
     async fn open(&self) -> Stores {
         let store = CqlStore::open(self.0.clone()).await.expect("opens");
-        Stores { delivery: store.clone(), directory: store.clone(), keys: store }
+        Stores::of(&store)
     }
 }
 

@@ -12,7 +12,7 @@ struct Embedded(tempfile::TempDir);
 impl Fixture for Embedded {
     async fn open(&self) -> Stores {
         let store: Arc<EmbeddedStore> = EmbeddedStore::open(self.0.path(), Options::default()).expect("opens");
-        Stores { delivery: store.clone(), directory: store.clone(), keys: store }
+        Stores::of(&store)
     }
 }
 
@@ -29,4 +29,19 @@ macro_rules! suite {
     };
 }
 
-suite!(delivery, delivery_removal, delivery_expiry, directory, one_time_keys, one_time_keys_are_taken_once, claims, seal_keys, everything);
+suite!(
+    delivery,
+    delivery_removal,
+    delivery_expiry,
+    directory,
+    groups,
+    group_items,
+    group_states,
+    group_members,
+    group_expiry,
+    one_time_keys,
+    one_time_keys_are_taken_once,
+    claims,
+    seal_keys,
+    everything
+);

@@ -16,6 +16,7 @@ use crate::log::layout::{Layout, LayoutRecord};
 use crate::log::{AppendError, AppendSink, Consumed, Consumer, EventLog, Follow, ReadError, Record, Topic, TopicPartition};
 use crate::projector::push::{Push, PushBus};
 use crate::wire::event::{self, InboxEvent};
+use crate::wire::group_event::{GroupEvent, GroupEventBody};
 
 /// How often new partitions are looked for while nothing comes.
 const LOOK: Duration = Duration::from_secs(1);
@@ -70,7 +71,8 @@ impl EventLog for ShadowLog {
         self.log.layout_age()
     }
 
-    /// A partition that the reader has drained is noted, and a fence is the live projectors' to put; anything else is refused.
+    /// A partition that the reader has drained is noted. Fences, invitations and the departure of devices from groups are the live projectors'
+    /// to put; anything else is refused.
     fn submit(&self, to: TopicPartition, payload: Bytes, sink: &Arc<dyn AppendSink>, token: u64) -> Result<(), AppendError> {
         match to.topic {
             Topic::Layout => match LayoutRecord::decode(&payload) {
@@ -78,6 +80,9 @@ impl EventLog for ShadowLog {
                 _ => return Err(AppendError::Closed),
             },
             Topic::Inbox if matches!(event::decode(&payload), Ok(InboxEvent::Fence { .. })) => {}
+            Topic::Inbox if matches!(event::decode(&payload), Ok(InboxEvent::EnvelopesAccepted(ref sent)) if sent.client_message_id.0 == 0) =>
+                {}
+            Topic::Groups if matches!(event::decode(&payload), Ok(GroupEvent { body: GroupEventBody::DevicesGone { .. }, .. })) => {}
             _ => return Err(AppendError::Closed),
         }
         sink.done(token, Ok(Offset(0)));

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use bytes::Bytes;
 
+use super::groups::GroupStore;
 use super::seal::SealKey;
 use super::{
     DeliveryStore, DeliveryWrite, DeviceKeys, DirectoryStore, DirectoryWrite, InboxState, KeyKind, KeyStore, Mark, MarkKey, OneTimeKey,
@@ -18,6 +19,10 @@ use crate::ids::{AccountId, AttachId, ClientMessageId, DeviceAddr, DeviceId, Edg
 use crate::limits;
 use crate::wire::event::{AccountRecord, DeviceRecord, ReceiptEntry, ReceiptKind, SignedKey};
 
+mod groups;
+
+pub use groups::*;
+
 /// The stores of one set of data.
 #[derive(Clone)]
 pub struct Stores {
@@ -25,8 +30,17 @@ pub struct Stores {
     pub delivery: Arc<dyn DeliveryStore>,
     /// Accounts.
     pub directory: Arc<dyn DirectoryStore>,
+    /// Groups.
+    pub groups: Arc<dyn GroupStore>,
     /// The state.
     pub keys: Arc<dyn KeyStore>,
+}
+
+impl Stores {
+    /// Of one that is all of them.
+    pub fn of<S: DeliveryStore + DirectoryStore + GroupStore + KeyStore>(store: &Arc<S>) -> Self {
+        Self { delivery: store.clone(), directory: store.clone(), groups: store.clone(), keys: store.clone() }
+    }
 }
 
 /// Somewhere to store.
@@ -88,6 +102,11 @@ pub async fn everything(fixture: &dyn Fixture) -> Outcome {
     delivery_removal(fixture).await?;
     delivery_expiry(fixture).await?;
     directory(fixture).await?;
+    groups(fixture).await?;
+    group_items(fixture).await?;
+    group_states(fixture).await?;
+    group_members(fixture).await?;
+    group_expiry(fixture).await?;
     one_time_keys(fixture).await?;
     one_time_keys_are_taken_once(fixture).await?;
     claims(fixture).await?;

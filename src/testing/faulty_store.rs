@@ -5,11 +5,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use bytes::Bytes;
 use parking_lot::Mutex;
 
 use crate::clock::{Random as _, SeededRandom, UnixMillis};
-use crate::ids::{AccountId, DeviceAddr, Identity, Offset, Partition, Seq};
+use crate::ids::{AccountId, DeviceAddr, GroupId, Identity, Offset, Partition, Seq};
 use crate::store::conformance::Stores;
+use crate::store::groups::{GroupHead, GroupItem, GroupRoster, GroupStore, GroupWrite};
 use crate::store::seal::SealKey;
 use crate::store::{
     DeliveryStore, DeliveryWrite, DeviceKeys, DirectoryStore, DirectoryWrite, InboxState, KeyKind, KeyStore, Mark, MarkKey, OneTimeKey,
@@ -60,6 +62,12 @@ pub enum Call {
     SealKey,
     /// [`KeyStore::destroy_seal_key`].
     DestroySealKey,
+    /// [`GroupStore::group_position`].
+    GroupPosition,
+    /// [`GroupStore::write_groups`].
+    WriteGroups,
+    /// Any other of [`GroupStore`].
+    ReadGroups,
 }
 
 /// What goes wrong with a call.
@@ -108,9 +116,9 @@ impl FaultyStore {
         Arc::new(Self { inner, random: SeededRandom::new(seed), plan: Mutex::default() })
     }
 
-    /// As the three traits.
+    /// As the four traits.
     pub fn stores(self: &Arc<Self>) -> Stores {
-        Stores { delivery: self.clone(), directory: self.clone(), keys: self.clone() }
+        Stores::of(self)
     }
 
     /// The next calls of this method meet these faults, in order; then none, or random ones.
@@ -221,6 +229,43 @@ impl DirectoryStore for FaultyStore {
 }
 
 #[async_trait]
+impl GroupStore for FaultyStore {
+    async fn group_position(&self, partition: Partition) -> Result<Offset, StoreError> {
+        self.run(Call::GroupPosition, self.inner.groups.group_position(partition)).await
+    }
+    async fn write_groups(&self, write: GroupWrite) -> Result<(), StoreError> {
+        self.run(Call::WriteGroups, self.inner.groups.write_groups(write)).await
+    }
+    async fn group(&self, id: GroupId) -> Result<Option<GroupHead>, StoreError> {
+        self.run(Call::ReadGroups, self.inner.groups.group(id)).await
+    }
+    async fn group_roster(&self, id: GroupId) -> Result<Option<GroupRoster>, StoreError> {
+        self.run(Call::ReadGroups, self.inner.groups.group_roster(id)).await
+    }
+    async fn group_info(&self, id: GroupId) -> Result<Option<Bytes>, StoreError> {
+        self.run(Call::ReadGroups, self.inner.groups.group_info(id)).await
+    }
+    async fn group_snapshot(&self, id: GroupId, epoch: u64) -> Result<Option<Bytes>, StoreError> {
+        self.run(Call::ReadGroups, self.inner.groups.group_snapshot(id, epoch)).await
+    }
+    async fn group_tree(&self, id: GroupId, epoch: u64) -> Result<Option<Bytes>, StoreError> {
+        self.run(Call::ReadGroups, self.inner.groups.group_tree(id, epoch)).await
+    }
+    async fn group_items(&self, id: GroupId, after: Seq, items_max: usize, bytes_max: usize) -> Result<Vec<GroupItem>, StoreError> {
+        self.run(Call::ReadGroups, self.inner.groups.group_items(id, after, items_max, bytes_max)).await
+    }
+    async fn group_marks(&self, id: GroupId, senders: Vec<DeviceAddr>) -> Result<Vec<Option<Mark>>, StoreError> {
+        self.run(Call::ReadGroups, self.inner.groups.group_marks(id, senders)).await
+    }
+    async fn groups_of(&self, account: AccountId, after: Option<GroupId>, max: usize) -> Result<Vec<GroupId>, StoreError> {
+        self.run(Call::ReadGroups, self.inner.groups.groups_of(account, after, max)).await
+    }
+    async fn groups_expired(&self, before: UnixMillis, after: Option<GroupId>, max: usize) -> Result<Vec<(GroupId, Seq)>, StoreError> {
+        self.run(Call::ReadGroups, self.inner.groups.groups_expired(before, after, max)).await
+    }
+}
+
+#[async_trait]
 impl KeyStore for FaultyStore {
     async fn add_one_time(&self, device: DeviceAddr, kind: KeyKind, keys: Vec<OneTimeKey>) -> Result<usize, StoreError> {
         self.run(Call::AddOneTime, self.inner.keys.add_one_time(device, kind, keys)).await
@@ -261,7 +306,7 @@ mod tests {
     async fn faults_come_as_told() {
         let dir = tempfile::tempdir().expect("a temporary folder");
         let store = EmbeddedStore::open(dir.path(), Options::default()).expect("opens");
-        let faulty = FaultyStore::new(Stores { delivery: store.clone(), directory: store.clone(), keys: store }, 1);
+        let faulty = FaultyStore::new(Stores::of(&store), 1);
         let Stores { directory, keys, .. } = faulty.stores();
         let dev = device(1, 1);
         keys.add_one_time(dev, KeyKind::Ec, (0..9).map(one_time).collect()).await.expect("adds");

@@ -3,7 +3,7 @@
 use bincode::{BorrowDecode, Encode};
 
 use crate::clock::UnixMillis;
-use crate::ids::{ClientMessageId, DeviceAddr, EdgeId, GroupId};
+use crate::ids::{ClientMessageId, DeviceAddr, EdgeId, GroupId, Seq};
 use crate::wire::event::RequestId;
 
 /// Something that one group meets.
@@ -80,4 +80,85 @@ pub enum GroupEventBody<'a> {
         /// Which one.
         edge: EdgeId,
     },
+    /// Items up to and including the seq are dropped: their time is over.
+    Expired {
+        /// The last of them.
+        to: Seq,
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::ids::{AccountId, DeviceId};
+    use crate::wire::event::{VERSION, decode, encode};
+
+    fn addr(account: u8, device: u32) -> DeviceAddr {
+        DeviceAddr { account: AccountId::from_bytes([account; 16]), device: DeviceId::new(device).expect("valid") }
+    }
+
+    fn event(body: GroupEventBody<'_>) -> GroupEvent<'_> {
+        GroupEvent { group: GroupId::from_bytes([9; 16]), at: UnixMillis(1), reply_to: None, body }
+    }
+
+    /// One of each kind, with these bytes in it.
+    fn bodies(bytes: &[u8], number: u64) -> Vec<GroupEventBody<'_>> {
+        let (by, edge) = (addr(7, 3), EdgeId::from_bytes([8; 16]));
+        vec![
+            GroupEventBody::Created { by, group_info: bytes, tree: b"t" },
+            GroupEventBody::Commit { by, commit: bytes, welcome: Some(bytes), group_info: b"i" },
+            GroupEventBody::Commit { by, commit: b"c", welcome: None, group_info: bytes },
+            GroupEventBody::Proposal { by, proposal: bytes },
+            GroupEventBody::Message { by, client_message_id: ClientMessageId(number), epoch: number / 2, content: bytes },
+            GroupEventBody::DevicesGone { devices: bytes.iter().take(9).map(|byte| addr(*byte, 1)).collect() },
+            GroupEventBody::Closed { by },
+            GroupEventBody::EdgeAttached { edge },
+            GroupEventBody::EdgeDetached { edge },
+        ]
+    }
+
+    /// Golden vectors: what is on the log must stay readable.
+    #[test]
+    fn bytes_of_events_are_stable() {
+        let by = [&[7; 16][..], &[3]].concat();
+        let edge = vec![8; 16];
+        let golden: [(u8, Vec<u8>); 9] = [
+            (0, [&by[..], &[2, b'x', b'y', 1, b't']].concat()),
+            (1, [&by[..], &[2, b'x', b'y', 1, 2, b'x', b'y', 1, b'i']].concat()),
+            (1, [&by[..], &[1, b'c', 0, 2, b'x', b'y']].concat()),
+            (2, [&by[..], &[2, b'x', b'y']].concat()),
+            (3, [&by[..], &[5, 2, 2, b'x', b'y']].concat()),
+            (4, [&[2][..], &[b'x'; 16], &[1], &[b'y'; 16], &[1]].concat()),
+            (5, by.clone()),
+            (6, edge.clone()),
+            (7, edge),
+        ];
+        for (body, (kind, rest)) in bodies(b"xy", 5).into_iter().zip(golden) {
+            let want = [&[VERSION][..], &[9; 16], &[1, 0, kind], &rest].concat();
+            assert_eq!(encode(&event(body)), want);
+        }
+        let reply_to = Some(RequestId { edge: EdgeId::from_bytes([6; 16]), number: 4 });
+        let asked = GroupEvent { reply_to, ..event(GroupEventBody::Closed { by: addr(7, 3) }) };
+        assert_eq!(encode(&asked), [&[VERSION][..], &[9; 16], &[1, 1], &[6; 16], &[4, 5], &by].concat());
+    }
+
+    proptest! {
+        #[test]
+        fn events_survive_the_round_trip(bytes in prop::collection::vec(any::<u8>(), 0..300), number: u64) {
+            for body in bodies(&bytes, number) {
+                let event = event(body);
+                let encoded = encode(&event);
+                prop_assert_eq!(decode::<GroupEvent<'_>>(&encoded).expect("well formed"), event);
+            }
+        }
+
+        #[test]
+        fn arbitrary_bytes_never_panic(rest in prop::collection::vec(any::<u8>(), 0..400), kind in 0u8..9) {
+            let _ = decode::<GroupEvent<'_>>(&rest);
+            let bytes = [&[VERSION][..], &[9; 16], &[1, 0, kind], &rest].concat();
+            let _ = decode::<GroupEvent<'_>>(&bytes);
+        }
+    }
 }

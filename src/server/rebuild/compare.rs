@@ -11,14 +11,17 @@ use futures_util::stream::{self, StreamExt as _, TryStreamExt as _};
 use futures_util::{Stream, pin_mut};
 use tokio::time::Instant;
 
-use crate::ids::{AccountId, DeviceAddr, Generation, Identity, Offset, Partition, Seq};
+use crate::ids::{AccountId, DeviceAddr, Generation, GroupId, Identity, Offset, Partition, Seq};
 use crate::limits;
 use crate::log::layout::Layout;
 use crate::log::{EventLog, Topic, TopicPartition};
 use crate::server::ServerError;
 use crate::store::compare::{Range, Verdict, rows};
 use crate::store::cql::CqlStore;
+use crate::store::groups::GroupStore as _;
 use crate::store::{DeliveryStore as _, DirectoryStore as _, InboxState, MarkKey, StoreError};
+
+mod groups;
 
 /// Rows that are looked at again; past that a difference is taken at first sight.
 const AGAIN: usize = 10_000;
@@ -68,6 +71,8 @@ enum Key {
     Account(AccountId),
     Identity(Identity, AccountId),
     DeviceKeys(DeviceAddr),
+    Group(GroupId),
+    GroupsOf(AccountId),
 }
 
 impl Key {
@@ -78,6 +83,8 @@ impl Key {
             Self::Account(_) => "accounts",
             Self::Identity(..) => "identities",
             Self::DeviceKeys(_) => "device_keys",
+            Self::Group(_) => "groups",
+            Self::GroupsOf(_) => "group_members",
         }
     }
 
@@ -86,7 +93,8 @@ impl Key {
         let of = match self {
             Self::Inbox(of) | Self::DeviceKeys(of) => device(of),
             Self::Mark(key) => format!("{} from {}", key.recipient, device(&key.sender)),
-            Self::Account(account) => account.to_string(),
+            Self::Account(account) | Self::GroupsOf(account) => account.to_string(),
+            Self::Group(group) => group.to_string(),
             // A person's name at a platform is not for logs.
             Self::Identity(_, account) => format!("of {account}"),
         };
@@ -103,6 +111,8 @@ pub async fn compare(log: &dyn EventLog, live: &CqlStore, other: &CqlStore, pati
     run.both(|view| view.all_accounts(), Key::Account).await?;
     run.both(|view| view.all_device_keys(), Key::DeviceKeys).await?;
     run.links().await?;
+    run.both(|view| view.all_groups(), Key::Group).await?;
+    run.both(|view| view.all_group_members(), Key::GroupsOf).await?;
     run.look_again(patience).await?;
     run.outcome.behind = views.behind().await?;
     Ok(run.outcome)
@@ -118,10 +128,11 @@ struct Views<'a> {
 struct Bounds {
     inbox: BTreeMap<Partition, Part>,
     directory: Vec<Offset>,
+    groups: Vec<Part>,
     layout: Arc<Layout>,
 }
 
-/// Of one partition of `inbox`.
+/// Of one partition of `inbox` or of `groups`.
 struct Part {
     generation: Generation,
     /// Where the view is that is behind.
@@ -134,7 +145,7 @@ impl Views<'_> {
     async fn bounds(&self) -> Result<Bounds, ServerError> {
         let partitions = |topic| (0..self.log.partitions(topic)).map(Partition);
         let layout = self.log.layout();
-        let mut bounds = Bounds { inbox: BTreeMap::new(), directory: Vec::new(), layout: Arc::clone(&layout) };
+        let mut bounds = Bounds { inbox: BTreeMap::new(), directory: Vec::new(), groups: Vec::new(), layout: Arc::clone(&layout) };
         for partition in partitions(Topic::Inbox) {
             let Some(generation) = layout.generation_of(partition) else { continue };
             let lower = self.live.position(partition).await?.min(self.other.position(partition).await?);
@@ -146,6 +157,12 @@ impl Views<'_> {
             let lower = self.live.directory_position(partition).await?.min(self.other.directory_position(partition).await?);
             bounds.directory.push(lower);
         }
+        for partition in partitions(Topic::Groups) {
+            let lower = self.live.group_position(partition).await?.min(self.other.group_position(partition).await?);
+            let of = TopicPartition { topic: Topic::Groups, partition };
+            let (earliest, end) = self.log.bounds(of).await.map_err(|error| ServerError(error.to_string()))?;
+            bounds.groups.push(Part { generation: Generation(0), lower, earliest, end });
+        }
         Ok(bounds)
     }
 
@@ -156,6 +173,9 @@ impl Views<'_> {
         }
         for partition in (0..self.log.partitions(Topic::Directory)).map(Partition) {
             behind += self.live.directory_position(partition).await?.0.saturating_sub(self.other.directory_position(partition).await?.0);
+        }
+        for partition in (0..self.log.partitions(Topic::Groups)).map(Partition) {
+            behind += self.live.group_position(partition).await?.0.saturating_sub(self.other.group_position(partition).await?.0);
         }
         Ok(behind)
     }
@@ -183,6 +203,21 @@ impl Views<'_> {
             Key::DeviceKeys(device) => {
                 let (one, other) = futures_util::try_join!(self.live.device_keys(*device), self.other.device_keys(*device))?;
                 if one == other { Ok(Verdict::Equal) } else { self.of_account(&device.account, bounds).await }
+            }
+            Key::Group(group) => groups::group(self.live, self.other, *group, group_range(bounds, group)).await,
+            Key::GroupsOf(account) => {
+                let all = limits::GROUPS_PER_ACCOUNT;
+                let (one, other) =
+                    futures_util::try_join!(self.live.groups_of(*account, None, all), self.other.groups_of(*account, None, all))?;
+                // What explains the difference is said by the groups themselves.
+                for group in one.iter().chain(&other).filter(|group| one.contains(group) != other.contains(group)) {
+                    match groups::group(self.live, self.other, *group, group_range(bounds, group)).await? {
+                        Verdict::Equal | Verdict::Differs => return Ok(Verdict::Differs),
+                        Verdict::Later => return Ok(Verdict::Later),
+                        Verdict::Forgotten => {}
+                    }
+                }
+                Ok(if one == other { Verdict::Equal } else { Verdict::Forgotten })
             }
         }
     }
@@ -236,6 +271,13 @@ fn range(bounds: &Bounds, account: &AccountId) -> Range {
         None => Some(Seq::MAX),
     };
     Range { bound, begins }
+}
+
+fn group_range(bounds: &Bounds, group: &GroupId) -> Range {
+    let partition = Partition::of_group(group, u16::try_from(bounds.groups.len()).unwrap_or(u16::MAX));
+    let Some(part) = bounds.groups.get(usize::from(partition.0)) else { return Range { bound: Seq::ZERO, begins: None } };
+    let begins = (part.earliest > Offset(0)).then_some(Seq::at(part.generation, part.earliest));
+    Range { bound: Seq::at(part.generation, part.lower), begins }
 }
 
 fn directory(bounds: &Bounds, account: &AccountId) -> Offset {

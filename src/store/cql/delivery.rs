@@ -22,23 +22,23 @@ const MARK_BUCKETS: u8 = 4;
 const BATCH_ROWS: usize = 16;
 const BATCH_BYTES: usize = 32 * 1024;
 /// Marks of one partition that go in one batch; each is some hundred bytes.
-const MARK_BATCH_ROWS: usize = 64;
+pub(super) const MARK_BATCH_ROWS: usize = 64;
 /// How much longer rows live than their envelopes: expiry is said by an event, which comes first.
 const TTL_MARGIN_MS: u64 = 2 * DAY_MS;
-const DAY_MS: u64 = 24 * 3600 * 1000;
+pub(super) const DAY_MS: u64 = 24 * 3600 * 1000;
 /// Buckets read at once.
-const BUCKETS_AT_ONCE: usize = 8;
+pub(super) const BUCKETS_AT_ONCE: usize = 8;
 
 fn ttl() -> i32 {
     i32::try_from((limits::ENVELOPE_TTL_MS + TTL_MARGIN_MS) / 1000).unwrap_or(i32::MAX)
 }
 
-const fn bucket(seq: Seq) -> i64 {
+pub(super) const fn bucket(seq: Seq) -> i64 {
     (seq.0 >> BUCKET_BITS) as i64
 }
 
 /// The last seq of a bucket.
-const fn bucket_end(bucket: i64) -> Seq {
+pub(super) const fn bucket_end(bucket: i64) -> Seq {
     Seq((((bucket as u64) + 1) << BUCKET_BITS) - 1)
 }
 
@@ -271,11 +271,13 @@ impl CqlStore {
         for ((device, day), _) in new_days {
             self.listed.insert(as_day(*device, *day), ());
         }
-        let batches = partitions.iter().flat_map(|((device, bucket), items)| chunks(items).map(move |some| (device, *bucket, some)));
+        let batches = partitions
+            .iter()
+            .flat_map(|((device, bucket), items)| chunks(items, |item| item.cost()).map(move |some| (device, *bucket, some)));
         all(gather(batches.map(|(device, bucket, items)| self.put_batch(device, bucket, items)))).await
     }
 
-    fn today(&self) -> u32 {
+    pub(super) fn today(&self) -> u32 {
         (self.options.clock.now().0 / DAY_MS) as u32
     }
 
@@ -309,7 +311,7 @@ impl CqlStore {
         self.batch(&batch, values).await
     }
 
-    async fn batch(&self, batch: &Batch, values: impl BatchValues) -> Result<(), StoreError> {
+    pub(super) async fn batch(&self, batch: &Batch, values: impl BatchValues) -> Result<(), StoreError> {
         let _room = self.room.acquire().await.map_err(|_| super::closed())?;
         self.session.batch(batch, values).await.map(drop).map_err(unavailable)
     }
@@ -417,12 +419,12 @@ impl CqlStore {
 }
 
 /// Runs of items that fit into a batch.
-fn chunks<'a, 'b>(items: &'a [&'b PendingItem]) -> impl Iterator<Item = &'a [&'b PendingItem]> {
+pub(super) fn chunks<'a, T>(items: &'a [T], cost: impl Fn(&T) -> usize) -> impl Iterator<Item = &'a [T]> {
     let mut rest = items;
     std::iter::from_fn(move || {
         let mut bytes = 0;
-        let fits = |item: &&&PendingItem| {
-            bytes += item.cost();
+        let fits = |item: &&T| {
+            bytes += cost(item);
             bytes <= BATCH_BYTES
         };
         let count = rest.iter().take(BATCH_ROWS).take_while(fits).count().max(1).min(rest.len());

@@ -19,9 +19,10 @@ struct Migration {
 }
 
 /// In order. What was released is never changed: a new file goes behind.
-const MIGRATIONS: [Migration; 2] = [
+const MIGRATIONS: [Migration; 3] = [
     Migration { number: 1, name: "001_view.cql", text: include_str!("../../../schemas/cql/001_view.cql"), state: false },
     Migration { number: 2, name: "002_state.cql", text: include_str!("../../../schemas/cql/002_state.cql"), state: true },
+    Migration { number: 3, name: "003_groups.cql", text: include_str!("../../../schemas/cql/003_groups.cql"), state: false },
 ];
 
 /// Under this number a view's keyspace says where its state is, if that is another one.

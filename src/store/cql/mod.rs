@@ -23,7 +23,7 @@ use scylla::statement::prepared::PreparedStatement;
 use scylla::value::{CqlValue, Row};
 use tokio::sync::{Mutex, Semaphore};
 
-use crate::ids::DeviceAddr;
+use crate::ids::{DeviceAddr, GroupId};
 use crate::limits;
 use crate::store::StoreError;
 
@@ -57,6 +57,7 @@ pub struct CqlStore {
     room: Semaphore,
     /// Buckets and days that are listed already, with the day of the listing.
     listed: Cache<(DeviceAddr, u64, u32), ()>,
+    listed_groups: Cache<(GroupId, u64, u32), ()>,
     pools: Vec<Mutex<()>>,
 }
 
@@ -127,11 +128,42 @@ statements! {
     keys_get view "SELECT keys FROM @device_keys WHERE account = ? AND device = ?",
     keys_put view "INSERT INTO @device_keys (account, device, keys) VALUES (?, ?, ?) USING TIMESTAMP ?",
     keys_drop view "DELETE FROM @device_keys USING TIMESTAMP ? WHERE account = ? AND device = ?",
+    group_head_get view "SELECT head FROM @group_heads WHERE id = ?",
+    group_head_put view "INSERT INTO @group_heads (id, head) VALUES (?, ?) USING TIMESTAMP ?",
+    group_roster_get view "SELECT roster FROM @group_rosters WHERE id = ?",
+    group_roster_put view "INSERT INTO @group_rosters (id, roster) VALUES (?, ?) USING TIMESTAMP ?",
+    group_info_get view "SELECT info FROM @group_infos WHERE id = ?",
+    group_info_put view "INSERT INTO @group_infos (id, info) VALUES (?, ?) USING TIMESTAMP ?",
+    group_info_drop view "DELETE FROM @group_infos USING TIMESTAMP ? WHERE id = ?",
+    group_snapshot_get view "SELECT snapshot FROM @group_snapshots WHERE id = ? AND epoch = ?",
+    group_snapshot_put view "INSERT INTO @group_snapshots (id, epoch, snapshot) VALUES (?, ?, ?) USING TIMESTAMP ?",
+    group_snapshots_drop_before view "DELETE FROM @group_snapshots USING TIMESTAMP ? WHERE id = ? AND epoch < ?",
+    group_snapshots_drop view "DELETE FROM @group_snapshots USING TIMESTAMP ? WHERE id = ?",
+    group_tree_get view "SELECT tree FROM @group_trees WHERE id = ? AND epoch = ?",
+    group_tree_put view "INSERT INTO @group_trees (id, epoch, tree) VALUES (?, ?, ?) USING TTL ? AND TIMESTAMP ?",
+    group_trees_drop view "DELETE FROM @group_trees USING TIMESTAMP ? WHERE id = ?",
+    group_items_get view "SELECT seq, item FROM @group_items WHERE id = ? AND bucket = ? AND seq > ? LIMIT ?",
+    group_item_put view "INSERT INTO @group_items (id, bucket, seq, item) VALUES (?, ?, ?, ?) USING TTL ? AND TIMESTAMP ?",
+    group_items_drop_to view "DELETE FROM @group_items USING TIMESTAMP ? WHERE id = ? AND bucket = ? AND seq <= ?",
+    group_bucket_items_drop view "DELETE FROM @group_items USING TIMESTAMP ? WHERE id = ? AND bucket = ?",
+    group_buckets_get view "SELECT bucket FROM @group_buckets WHERE id = ? AND bucket >= ? AND bucket <= ? LIMIT ?",
+    group_bucket_put view "INSERT INTO @group_buckets (id, bucket) VALUES (?, ?) USING TTL ? AND TIMESTAMP ?",
+    group_bucket_drop view "DELETE FROM @group_buckets USING TIMESTAMP ? WHERE id = ? AND bucket = ?",
+    group_day_put view "INSERT INTO @group_days (day, shard, id) VALUES (?, ?, ?) USING TTL ? AND TIMESTAMP ?",
+    group_day_get view "SELECT id FROM @group_days WHERE day = ? AND shard = ? AND id > ? LIMIT ?",
+    group_mark_get view "SELECT mark FROM @group_marks WHERE id = ? AND sender = ?",
+    group_mark_put view "INSERT INTO @group_marks (id, sender, mark) VALUES (?, ?, ?) USING TIMESTAMP ?",
+    group_marks_drop view "DELETE FROM @group_marks USING TIMESTAMP ? WHERE id = ?",
+    group_members_get view "SELECT id FROM @group_members WHERE account = ? AND id > ? LIMIT ?",
+    group_member_put view "INSERT INTO @group_members (account, id) VALUES (?, ?) USING TIMESTAMP ?",
+    group_member_drop view "DELETE FROM @group_members USING TIMESTAMP ? WHERE account = ? AND id = ?",
     inboxes_all view "SELECT account, device, state FROM @inboxes",
     marks_all view "SELECT recipient, sender, mark FROM @marks",
     accounts_all view "SELECT record FROM @accounts",
     identities_all view "SELECT identity, account FROM @identities",
     keys_all view "SELECT account, device, keys FROM @device_keys",
+    groups_all view "SELECT id FROM @group_heads",
+    group_members_all view "SELECT DISTINCT account FROM @group_members",
     pool_get state "SELECT left FROM @one_time_prekeys WHERE account = ? AND device = ? AND kind = ? LIMIT 1",
     pool_ids state "SELECT id FROM @one_time_prekeys WHERE account = ? AND device = ? AND kind = ?",
     pool_first state "SELECT left, id, prekey FROM @one_time_prekeys WHERE account = ? AND device = ? AND kind = ? LIMIT 1",
@@ -163,6 +195,7 @@ impl CqlStore {
             statements,
             room: Semaphore::new(limits::CQL_IN_FLIGHT),
             listed: Cache::new(limits::CQL_LISTED),
+            listed_groups: Cache::new(limits::CQL_LISTED),
             pools: (0..POOL_LOCKS).map(|_| Mutex::new(())).collect(),
         }))
     }

@@ -7,7 +7,7 @@ use scylla::statement::prepared::PreparedStatement;
 
 use super::delivery::parse_device;
 use super::{CqlStore, closed, corrupt, unavailable};
-use crate::ids::{AccountId, DeviceAddr, Identity};
+use crate::ids::{AccountId, DeviceAddr, GroupId, Identity};
 use crate::store::{DeviceKeys, InboxState, Mark, MarkKey, StoreError, keyspace};
 use crate::wire::event::AccountRecord;
 
@@ -47,6 +47,16 @@ impl CqlStore {
         self.all(&self.statements.keys_all, |(account, device, keys): (Vec<u8>, i8, Vec<u8>)| {
             Ok((parse_device(&account, device)?, keyspace::decode(&keys, "a device's keys")?))
         })
+    }
+
+    /// Every group, closed ones too.
+    pub fn all_groups(&self) -> impl Stream<Item = Result<Vec<(GroupId, ())>, StoreError>> {
+        self.all(&self.statements.groups_all, |(id,): (Vec<u8>,)| Ok((GroupId::from_slice(&id).map_err(|error| corrupt(&error))?, ())))
+    }
+
+    /// Every account that is in a group.
+    pub fn all_group_members(&self) -> impl Stream<Item = Result<Vec<(AccountId, ())>, StoreError>> {
+        self.all(&self.statements.group_members_all, |(id,): (Vec<u8>,)| Ok((account(&id)?, ())))
     }
 
     fn all<'a, R, T>(

@@ -1,5 +1,7 @@
 //! What a server makes of a group from its public state.
 
+use std::collections::BTreeSet;
+
 use openmls::prelude::tls_codec::Serialize as _;
 use openmls::prelude::{ExternalProposal, ExternalSender, GroupEpoch, GroupId as MlsGroupId, LeafNodeIndex, SenderExtensionIndex};
 use openmls_traits::crypto::OpenMlsCrypto as _;
@@ -10,6 +12,7 @@ use super::*;
 use crate::mls::crypto::Crypto;
 use crate::mls::public::{Public, Refused};
 use crate::mls::rules::{Actor, Denied};
+use crate::mls::welcome;
 
 /// The server's own key, with which it asks for deleted accounts to be removed.
 struct ServerKey(Vec<u8>, Vec<u8>, SeededRandom);
@@ -62,6 +65,39 @@ fn followed(devices: &mut [Device], server: Option<ExternalSender>) -> Public {
     devices[1..].iter_mut().for_each(|device| device.join(&welcome, &tree).expect("an invitation"));
     all_agree(devices);
     public
+}
+
+/// What the server hands to each invited device: the part of the Welcome that is its own.
+#[test]
+fn each_joiner_joins_with_its_part_of_the_welcome() {
+    for (suite, joiners) in [(SUITES[0], 1), (SUITES[0], 9), (SUITES[1], 2), (SUITES[2], 3)] {
+        let mut devices: Vec<Device> = (1..=joiners + 1).map(|n| Device::with_suite(n, 1, suite)).collect();
+        let created = devices[0].create("Berge");
+        let mut public = Public::create(&created.group_info, &created.tree, &SeededRandom::new(1)).expect("a sound group");
+        let packages: Vec<(DeviceAddr, Vec<u8>)> = devices[1..].iter_mut().map(|device| (device.address, device.key_package())).collect();
+        let add = packages.iter().map(|(device, bytes)| (*device, bytes.as_slice())).collect();
+        let sent = devices[0].change(&Change { add, ..Change::default() }).expect("the owner adds");
+        let checked = public.check(&sent.commit, &SeededRandom::new(1)).expect("valid");
+        let invited = checked.invited.clone();
+        public.merge(checked).expect("merges");
+        devices[0].accepted();
+
+        let (whole, tree) = (sent.welcome.expect("somebody was added"), public.tree().expect("a tree"));
+        let parts = welcome::split(&whole).expect("a Welcome");
+        let refs: BTreeSet<&[u8]> = invited.iter().map(|(_, key_package_ref)| key_package_ref.as_slice()).collect();
+        assert!(parts.refs().eq(refs), "one secret for each KeyPackage");
+        for (at, (device, key_package_ref)) in invited.iter().enumerate() {
+            let joiner = devices.iter_mut().find(|one| one.address == *device).expect("it was added");
+            let others = invited[(at + 1) % invited.len()].1.as_slice();
+            let (own, other) = (parts.for_ref(key_package_ref).expect("a part"), parts.for_ref(others).expect("a part"));
+            assert!(own.len() <= whole.len() && (invited.len() == 1 || own.len() < whole.len()));
+            if invited.len() > 1 {
+                assert!(matches!(joiner.join(&other, &tree), Err(Error::NotForUs)));
+            }
+            joiner.join(&own, &tree).expect("its own part is enough");
+        }
+        all_agree(&mut devices);
+    }
 }
 
 #[test]
