@@ -215,6 +215,7 @@ struct Edge {
     acceptor: Arc<Acceptor>,
     realms: Arc<Realms>,
     dev: Option<DevRealm>,
+    group_sender: Option<[u8; 32]>,
     clock: Arc<dyn Clock>,
     random: Arc<dyn Random>,
 }
@@ -260,7 +261,8 @@ impl Edge {
             Arc::clone(&random),
             Duration::from_millis(if config.is_cluster() { limits::CLUSTER_ACK_DELAY_MS } else { limits::ACK_DELAY_MS }),
         ));
-        Ok(Self { hub, directory, acceptor, realms, dev, clock, random })
+        let group_sender = groups::key(config)?.map(|key| key.public());
+        Ok(Self { hub, directory, acceptor, realms, dev, group_sender, clock, random })
     }
 
     fn state(self, config: &Config, backends: &Backends, operations: Operations) -> EdgeState {
@@ -277,7 +279,7 @@ impl Edge {
             sending: self.acceptor,
             inbox: Arc::new(Inboxes(Arc::clone(&self.hub))),
             hub: self.hub,
-            group_sender: None,
+            group_sender: self.group_sender,
             operations,
         })
     }
@@ -371,8 +373,11 @@ impl Broker {
                 projecting::wait_until_caught_up(watching_groups.clone(), failed.clone()).await?;
             }
             if let (Some(edge), false) = (&edge, config.is_cluster()) {
-                let acceptor = Arc::clone(&edge.acceptor);
-                tasks.push(tokio::spawn(projecting::watch_lag(Arc::clone(&backends.log), watching.clone(), acceptor)));
+                let (acceptor, groups) = (Arc::clone(&edge.acceptor), Arc::clone(&edge.hub.groups));
+                let inbox = move |behind| acceptor.set_behind(behind);
+                tasks.push(tokio::spawn(projecting::watch_lag(Arc::clone(&backends.log), Topic::Inbox, watching.clone(), inbox)));
+                let groups = move |behind| groups.set_behind(behind);
+                tasks.push(tokio::spawn(projecting::watch_lag(Arc::clone(&backends.log), Topic::Groups, watching_groups.clone(), groups)));
             }
             if config.is_cluster() {
                 let view = Positions { delivery: Arc::clone(&backends.delivery), directory: Arc::clone(&backends.directory) };

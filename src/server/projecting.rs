@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
-use crate::delivery::sending::Acceptor;
 use crate::ids::Partition;
 use crate::limits;
 use crate::log::{EventLog, Topic, TopicPartition};
@@ -125,7 +124,12 @@ pub(super) async fn wait_until_caught_up(
 }
 
 /// Accepting goes on without the projector, which may be slower: what it can't deliver soon is better refused.
-pub(super) async fn watch_lag(log: Arc<dyn EventLog>, progress: watch::Receiver<Progress>, acceptor: Arc<Acceptor>) {
+pub(super) async fn watch_lag(
+    log: Arc<dyn EventLog>,
+    topic: Topic,
+    progress: watch::Receiver<Progress>,
+    tell: impl Fn(bool) + Send + 'static,
+) {
     let mut lag = Lag::default();
     let mut every = tokio::time::interval(Duration::from_millis(limits::LAG_LOOK_MS));
     every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -133,20 +137,22 @@ pub(super) async fn watch_lag(log: Arc<dyn EventLog>, progress: watch::Receiver<
     loop {
         every.tick().await;
         let mut end = 0;
-        for number in 0..log.partitions(Topic::Inbox) {
-            let tp = TopicPartition { topic: Topic::Inbox, partition: Partition(number) };
+        for number in 0..log.partitions(topic) {
+            let tp = TopicPartition { topic, partition: Partition(number) };
             end += log.bounds(tp).await.map_or(0, |(_, end)| end.0);
         }
         let met = progress.borrow().met;
-        metrics::observe_lag(end.saturating_sub(met));
+        if topic == Topic::Inbox {
+            metrics::observe_lag(end.saturating_sub(met));
+        }
         let behind = lag.look(tokio::time::Instant::now(), end, met);
-        acceptor.set_behind(behind);
+        tell(behind);
         if std::mem::replace(&mut was_behind, behind) != behind {
             let records = end.saturating_sub(met);
             if behind {
-                tracing::warn!(records, "delivery is too far behind: sends are refused until it has caught up");
+                tracing::warn!(topic = topic.name(), records, "delivery is too far behind: sends are refused until it has caught up");
             } else {
-                tracing::info!(records, "delivery has caught up");
+                tracing::info!(topic = topic.name(), records, "delivery has caught up");
             }
         }
     }

@@ -111,7 +111,7 @@ impl GroupService {
         if in_window(message.epoch, known.head.epoch) {
             return Ok(());
         }
-        Err(GroupError::Conflict { epoch: known.head.epoch, seq: known.head.head })
+        Err(GroupError::Conflict { epoch: known.head.epoch, seq: known.head.snapshot_at })
     }
 
     /// As for messages between two accounts: it only lets an id that is too old be refused at once, so the store may be late.

@@ -80,8 +80,8 @@ impl Memory {
             closed: false,
             gone: vec![],
             edges: vec![],
-            snapshot_epoch: 0,
-            snapshot_at: Seq::ZERO,
+            snapshot_epoch: epoch,
+            snapshot_at: Seq(head),
             applied: Seq(head),
         };
         self.groups.lock().insert(GROUP, (head, roster(epoch, accounts)));

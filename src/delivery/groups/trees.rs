@@ -1,4 +1,4 @@
-//! The tree of a group's current epoch: from the snapshot and the commits behind it, off the async threads, and kept at hand.
+//! The tree of a group's current epoch: from the projector's snapshot, off the async threads, and kept at hand.
 
 use std::sync::Arc;
 
@@ -12,8 +12,9 @@ use super::reads::Info;
 use crate::clock::Random;
 use crate::ids::{GroupId, Seq};
 use crate::limits;
-use crate::mls::public::{Public, Refused};
-use crate::store::groups::{GroupItem, GroupItemKind, GroupStore};
+use crate::mls::public::Refused;
+use crate::projector::groups::saved::State;
+use crate::store::groups::GroupStore;
 
 /// How often a group is read anew because commits came meanwhile.
 const TRIES: usize = 4;
@@ -55,11 +56,17 @@ impl Trees {
                 return Ok(info);
             }
             let saved = store.group_snapshot(group, head.snapshot_epoch).await?;
-            if let (Some(group_info), Some(saved)) = (store.group_info(group).await?, saved)
-                && let Some(info) = restore(store, random, (group, head.snapshot_at), saved, group_info).await?
-            {
-                self.cache.insert((group, info.epoch), info.clone());
-                return Ok(info);
+            if let (Some(group_info), Some(saved)) = (store.group_info(group).await?, saved) {
+                let random = Arc::clone(random);
+                let restoring = tokio::task::spawn_blocking(move || restore(group, &saved, group_info, random.as_ref()));
+                let restored = restoring.await.map_err(|_| GroupError::Internal)?.map_err(|error| {
+                    tracing::error!(%error, "a group could not be restored");
+                    GroupError::Internal
+                })?;
+                if let Some(info) = restored {
+                    self.cache.insert((group, info.epoch), info.clone());
+                    return Ok(info);
+                }
             }
         }
         // Commits overtook it each time.
@@ -67,49 +74,12 @@ impl Trees {
     }
 }
 
-/// The group at the epoch of the GroupInfo; `None` if its commits do not lead there (yet). `from`: the item that began the snapshot's epoch.
-async fn restore(
-    store: &Arc<dyn GroupStore>,
-    random: &Arc<dyn Random>,
-    from: (GroupId, Seq),
-    saved: Bytes,
-    group_info: Bytes,
-) -> Result<Option<Info>, GroupError> {
-    let (group, mut after) = from;
-    let mut public = off_thread(move || Public::restore(group, &saved)).await?;
-    while !public.matches(&group_info) {
-        let items = store.group_items(group, after, limits::INBOX_PAGE_ITEMS, limits::INBOX_PAGE_BYTES).await?;
-        let Some(last) = items.last() else { return Ok(None) };
-        after = last.seq;
-        let (random, wanted) = (Arc::clone(random), group_info.clone());
-        public = off_thread(move || apply(public, &items, &wanted, random.as_ref())).await?;
+/// The tree of the snapshot's epoch; `None` if the GroupInfo is of another one.
+fn restore(group: GroupId, saved: &[u8], group_info: Bytes, random: &dyn Random) -> Result<Option<Info>, Refused> {
+    // Proposals change no tree.
+    let public = State::decode(group, saved, Seq::ZERO, random)?.public;
+    if !public.matches(&group_info) {
+        return Ok(None);
     }
-    let tree = off_thread(move || Ok((public.epoch(), public.tree()?))).await?;
-    Ok(Some(Info { epoch: tree.0, group_info, tree: tree.1.into() }))
-}
-
-fn apply(mut public: Public, items: &[GroupItem], until: &[u8], random: &dyn Random) -> Result<Public, Refused> {
-    for item in items {
-        match item.kind {
-            GroupItemKind::Proposal => public.propose(&item.content, random)?,
-            GroupItemKind::Commit => {
-                let checked = public.check(&item.content, random)?;
-                public.merge(checked)?;
-                if public.matches(until) {
-                    break;
-                }
-            }
-            GroupItemKind::Created | GroupItemKind::Message | GroupItemKind::Closed => {}
-        }
-    }
-    Ok(public)
-}
-
-/// Validating takes long enough to keep others waiting.
-async fn off_thread<T: Send + 'static>(work: impl FnOnce() -> Result<T, Refused> + Send + 'static) -> Result<T, GroupError> {
-    let done = tokio::task::spawn_blocking(work).await.map_err(|_| GroupError::Internal)?;
-    done.map_err(|error| {
-        tracing::error!(%error, "a group could not be restored");
-        GroupError::Internal
-    })
+    Ok(Some(Info { epoch: public.epoch(), tree: public.tree()?.into(), group_info }))
 }

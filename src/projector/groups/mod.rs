@@ -4,5 +4,5 @@
 
 pub mod apply;
 pub(in crate::projector) mod gone;
-mod saved;
+pub mod saved;
 pub mod worker;
