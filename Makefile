@@ -10,7 +10,7 @@ FUZZ_SECONDS ?= 20
 BROKERS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo build test test-cluster cluster-if-java compose-check alerts-check interop fmt lint unit doc features wasm deny bench fuzz kill-audit tools wasm-target
+.PHONY: help demo build test test-cluster cluster-if-java compose-check alerts-check interop fmt lint unit doc features wasm deny bench fuzz kill-audit faults tools wasm-target
 
 help:
 	@echo "make demo        build, then a narrated conversation through a broker that is killed on the way"
@@ -21,6 +21,7 @@ help:
 	@echo "make alerts-check  when the alerts fire and when not, by promtool where it is installed"
 	@echo "make bench       log append, apply, bundle fetch, edge round trip, backlog drain"
 	@echo "make kill-audit  200 random kill -9 of a broker under load, every accepted id audited"
+	@echo "make faults      every fault of topology/faults on a cluster under load, then 50 random kills in one run; about 25 minutes"
 	@echo "make fuzz        every fuzz target for $(FUZZ_SECONDS) s each"
 
 demo: build
@@ -109,6 +110,12 @@ bench: tools
 
 kill-audit: tools
 	SEALPOST_TEST_KILL_ROUNDS=200 $(CARGO) test --release --all-features --test kill_audit -- --nocapture
+
+# Needs what test-cluster needs; results stay in FAULTS_DIR.
+FAULTS_DIR ?= target/faults
+faults: build
+	topology/faults run all --dir "$(FAULTS_DIR)"
+	topology/faults soak --kills 50 --dir "$(FAULTS_DIR)/soak"
 
 # cargo-fuzz needs the compiler's unstable sanitizer flags. RUSTC_BOOTSTRAP allows them to the stable one, so that nobody needs nightly.
 fuzz: tools

@@ -17,10 +17,12 @@ use zeroize::{Zeroize, Zeroizing};
 use crate::ids::RealmId;
 
 mod cluster;
+mod groups;
 mod metadata;
 mod tracing;
 
 pub use cluster::{Cql, CqlTls, Kafka, KafkaSasl, KafkaTls, Role, SaslMechanism};
+pub use groups::Groups;
 pub use metadata::Metadata;
 pub use tracing::Tracing;
 
@@ -120,6 +122,8 @@ pub struct Config {
     pub metrics: Metrics,
     /// What analysts may know.
     pub metadata: Metadata,
+    /// Groups.
+    pub groups: Groups,
     /// Traces of single messages.
     pub tracing: Tracing,
     /// What this process does. Default: everything.
@@ -144,6 +148,7 @@ impl Default for Config {
             partitions: Partitions::default(),
             metrics: Metrics::default(),
             metadata: Metadata::default(),
+            groups: Groups::default(),
             tracing: Tracing::default(),
             role: Role::All,
             kafka: None,
@@ -450,6 +455,7 @@ impl Config {
         self.validate_limits()?;
         self.validate_cluster()?;
         self.validate_metadata()?;
+        self.validate_groups()?;
         self.validate_tracing()?;
         if !(1 << 20..=1 << 32).contains(&self.log.segment_bytes) {
             return Err(invalid("log.segment_bytes", "must be from 1 MiB (1048576) to 4 GiB"));

@@ -58,6 +58,8 @@ pub mod projector;
 #[cfg(feature = "server")]
 pub mod rate;
 #[cfg(feature = "server")]
+pub mod secret_file;
+#[cfg(feature = "server")]
 pub mod server;
 #[cfg(feature = "server")]
 pub mod store;

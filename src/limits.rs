@@ -110,6 +110,8 @@ pub const MESSAGE_ID_WINDOW: u64 = 128;
 
 /// Requests of one stream that may be unanswered at once; the stream is not read past that.
 pub const SENDS_IN_FLIGHT: usize = 1_024;
+/// Answers that one stream may have waiting for its socket; it is not read past that. A client may write a lot before it reads.
+pub const ANSWERS_QUEUED: usize = 8 * SENDS_IN_FLIGHT;
 /// Envelope bytes sent on a stream and not yet acknowledged; the feed pauses there.
 pub const UNACKED_BYTES: usize = 4 * 1024 * 1024;
 /// Items a session may queue between projector and socket; past that it catches up from the store.

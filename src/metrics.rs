@@ -200,6 +200,12 @@ struct Handles {
     flush: Histogram,
     flushed: Counter,
     expired: Counter,
+    group_events: Counter,
+    group_commits: [Counter; 2],
+    group_checking: Histogram,
+    group_applying: Histogram,
+    groups_in_memory: Gauge,
+    groups_in_memory_bytes: Gauge,
     metadata: Counter,
     process_cpu: Gauge,
     process_resident: Gauge,
@@ -265,6 +271,12 @@ impl Handles {
             flush: histogram!("sealpost_projector_flush_seconds"),
             flushed: counter!("sealpost_projector_stored_items_total"),
             expired: counter!("sealpost_projector_expired_inboxes_total"),
+            group_events: counter!("sealpost_groups_events_total"),
+            group_commits: ["accepted", "refused"].map(|outcome| counter!("sealpost_groups_commits_total", "outcome" => outcome)),
+            group_checking: histogram!("sealpost_groups_checking_seconds"),
+            group_applying: histogram!("sealpost_groups_applying_seconds"),
+            groups_in_memory: gauge!("sealpost_groups_in_memory"),
+            groups_in_memory_bytes: gauge!("sealpost_groups_in_memory_bytes"),
             metadata: counter!("sealpost_projector_metadata_records_total"),
             process_cpu: gauge!("sealpost_process_cpu_seconds"),
             process_resident: gauge!("sealpost_process_resident_bytes"),
@@ -337,6 +349,12 @@ fn describe() {
     describe_counter!("sealpost_projector_stored_items_total", "Pending items that outlived their window and were stored");
     describe_counter!("sealpost_projector_expired_inboxes_total", "Inboxes of which something expired");
     describe_counter!("sealpost_projector_metadata_records_total", "Records for topic metadata");
+    describe_counter!("sealpost_groups_events_total", "Events of groups applied");
+    describe_counter!("sealpost_groups_commits_total", "Commits of groups, by what became of them");
+    describe_histogram!("sealpost_groups_checking_seconds", "Checking the commits of one slice of a batch");
+    describe_histogram!("sealpost_groups_applying_seconds", "Applying, writing and telling a batch of events of groups");
+    describe_gauge!("sealpost_groups_in_memory", "Groups in this projector's memory");
+    describe_gauge!("sealpost_groups_in_memory_bytes", "What they cost");
     describe_gauge!("sealpost_process_cpu_seconds", "CPU time of this process since it started; grows");
     describe_gauge!("sealpost_process_resident_bytes", "Resident memory of this process");
 }
@@ -688,6 +706,31 @@ pub fn observe_expired(inboxes: u64) {
 pub fn observe_metadata(records: u64) {
     if let Some(h) = HANDLES.get() {
         h.metadata.increment(records);
+    }
+}
+
+/// Events of groups were applied, written and told.
+pub fn observe_group_events(events: u64, elapsed: Duration) {
+    if let Some(h) = HANDLES.get() {
+        h.group_events.increment(events);
+        h.group_applying.record(elapsed.as_secs_f64());
+    }
+}
+
+/// Commits of groups were checked.
+pub fn observe_group_commits(accepted: u64, refused: u64, elapsed: Duration) {
+    if let (Some(h), true) = (HANDLES.get(), accepted + refused > 0) {
+        add(&h.group_commits, 0, accepted);
+        add(&h.group_commits, 1, refused);
+        h.group_checking.record(elapsed.as_secs_f64());
+    }
+}
+
+/// How many groups a projector has in memory, and what they cost.
+pub fn observe_groups_in_memory(groups: usize, bytes: usize) {
+    if let Some(h) = HANDLES.get() {
+        h.groups_in_memory.set(groups as f64);
+        h.groups_in_memory_bytes.set(bytes as f64);
     }
 }
 

@@ -51,6 +51,7 @@ use crate::traces::{self, TraceError};
 #[cfg(feature = "cluster")]
 mod cluster;
 mod embedded;
+mod groups;
 mod metadata;
 mod projecting;
 mod rebuild;
@@ -176,7 +177,7 @@ pub struct Broker {
     drain_time: Duration,
     serving: JoinHandle<()>,
     tasks: Vec<JoinHandle<()>>,
-    projector: Option<std::thread::JoinHandle<()>>,
+    projectors: Vec<std::thread::JoinHandle<()>>,
     stop_edge: watch::Sender<bool>,
     stop_projector: watch::Sender<bool>,
     failed: watch::Receiver<Option<ServerError>>,
@@ -329,7 +330,7 @@ impl Broker {
             tasks
                 .push(listen_for_pushes(Arc::clone(follow), backends.log.partitions(Topic::Push), Arc::clone(hub), failing.clone()).await?);
         }
-        let (mut projector, mut progress) = (None, None);
+        let (mut projectors, mut progress) = (Vec::new(), Vec::new());
         if config.role.is_projector() {
             let bus: Arc<dyn PushBus> = match (&hub, &backends.pushes) {
                 (Some(hub), None) => Arc::clone(hub) as _,
@@ -339,15 +340,19 @@ impl Broker {
                 log: Arc::clone(&backends.log),
                 delivery: Arc::clone(&backends.view.delivery),
                 directory: Arc::clone(&backends.view.directory),
+                groups: Arc::clone(&backends.view.groups),
                 keys: Arc::clone(&backends.keys),
                 bus,
                 clock: Arc::clone(&clock),
             };
+            let group_parts = rebuild::group_parts(&parts, &config)?;
             let keeping =
                 projecting::Keeping { pace: pace(&config), metadata: metadata::keys(&config)?, beside: backends.view.each.clone() };
-            let (thread, watching) = projecting::spawn(parts, keeping, projector_stops, failing.clone())?;
+            let (thread, watching) = projecting::spawn(parts, keeping, projector_stops.clone(), failing.clone())?;
+            let (groups_thread, watching_groups) = projecting::spawn_groups(group_parts, projector_stops, failing.clone())?;
             if !config.is_cluster() {
                 projecting::wait_until_caught_up(watching.clone(), failed.clone()).await?;
+                projecting::wait_until_caught_up(watching_groups.clone(), failed.clone()).await?;
             }
             if let (Some(edge), false) = (&edge, config.is_cluster()) {
                 let acceptor = Arc::clone(&edge.acceptor);
@@ -357,11 +362,13 @@ impl Broker {
                 let view = Positions { delivery: Arc::clone(&backends.delivery), directory: Arc::clone(&backends.directory) };
                 tasks.push(tokio::spawn(projecting::measure_lag(Arc::clone(&backends.log), view)));
             }
-            (projector, progress) = (Some(thread), Some(watching));
+            (projectors, progress) = (vec![thread, groups_thread], vec![watching, watching_groups]);
         }
 
         // A projector among many may own nothing for now, and is ready all the same.
-        let progress = progress.filter(|_| !config.is_cluster());
+        if config.is_cluster() {
+            progress.clear();
+        }
         let health = Arc::new(BrokerHealth { log: Arc::clone(&backends.log), progress, hub: hub.clone() });
         let operations = Operations::new(Arc::clone(&config), health, exporter);
         let app = match edge {
@@ -386,7 +393,7 @@ impl Broker {
             drain_time: Duration::from_millis(config.timeouts.drain_ms),
             serving,
             tasks,
-            projector,
+            projectors,
             stop_edge,
             stop_projector,
             failed,
@@ -425,7 +432,7 @@ impl Broker {
         }
         self.stop_edge.send_replace(true);
         self.stop_projector.send_replace(true);
-        if let Some(projector) = self.projector.take() {
+        for projector in self.projectors.drain(..) {
             // The projector's last flush may wait for the disk; the runtime must not.
             let _ = tokio::task::spawn_blocking(move || projector.join()).await;
         }
@@ -480,7 +487,8 @@ async fn watch_log(log: Arc<dyn EventLog>, failing: watch::Sender<Option<ServerE
 
 struct BrokerHealth {
     log: Arc<dyn EventLog>,
-    progress: Option<watch::Receiver<Progress>>,
+    /// Of each projector.
+    progress: Vec<watch::Receiver<Progress>>,
     hub: Option<Arc<Hub>>,
 }
 
@@ -491,9 +499,9 @@ impl Health for BrokerHealth {
         if self.hub.as_ref().is_some_and(|hub| hub.is_draining()) {
             return Err("draining".to_owned());
         }
-        match &self.progress {
-            Some(progress) if !progress.borrow().caught_up => Err("the projector has not caught up with the log".to_owned()),
-            _ => Ok(()),
+        match self.progress.iter().all(|progress| progress.borrow().caught_up) {
+            true => Ok(()),
+            false => Err("the projector has not caught up with the log".to_owned()),
         }
     }
 }

@@ -15,7 +15,8 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("background", &[]),
     ("log", &["ids", "limits", "clock", "metrics", "background"]),
     ("store", &["ids", "limits", "clock", "wire", "metrics", "background"]),
-    ("metadata", &["ids", "limits", "clock", "wire", "log"]),
+    ("secret_file", &["clock"]),
+    ("metadata", &["ids", "limits", "clock", "wire", "log", "secret_file"]),
     ("client", &["ids", "limits", "clock", "wire", "mls"]),
     ("client/core", &["ids", "limits", "clock", "wire", "mls", "client"]),
 ];

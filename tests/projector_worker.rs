@@ -39,6 +39,7 @@ async fn what_expired_is_in_the_store_soon_and_not_with_the_window() -> anyhow::
         log: log.clone(),
         delivery: store.clone(),
         directory: store.clone(),
+        groups: store.clone(),
         keys: store.clone(),
         bus: Arc::new(Nobody),
         clock: Arc::new(SystemClock),

@@ -128,9 +128,9 @@ pub struct TakenGroups {
 pub struct NeverSent;
 
 impl Outbox {
-    /// Requests that the client has no answer to yet.
-    fn unanswered(&self) -> usize {
-        self.in_flight + self.accepted.len() + self.refused.len() + self.groups.as_ref().map_or(0, |groups| groups.heads.len())
+    /// Answers that wait for the socket.
+    fn answers(&self) -> usize {
+        self.accepted.len() + self.refused.len() + self.groups.as_ref().map_or(0, |groups| groups.heads.len())
     }
 
     fn cut(&mut self) {
@@ -351,12 +351,12 @@ impl Handle {
         }
     }
 
-    /// Waits until another request may be unanswered, and counts it: what a client does not read the answers to is not taken. Cancel-safe.
+    /// Waits until another request may be in flight, and counts it. A client that does not read its answers is not read either. Cancel-safe.
     pub async fn enter(&self) {
         loop {
             {
                 let mut out = self.out.lock();
-                if out.unanswered() < limits::SENDS_IN_FLIGHT || out.closing.is_some() {
+                if out.in_flight < limits::SENDS_IN_FLIGHT && out.answers() < limits::ANSWERS_QUEUED || out.closing.is_some() {
                     out.in_flight += 1;
                     return;
                 }
@@ -435,7 +435,7 @@ impl Handle {
     pub fn take(&self, flow: &mut Flow, items: &mut VecDeque<FeedItem>, want_items: bool, group_items: &mut GroupQueue) -> Taken {
         let mut out = self.out.lock();
         out.woken = false;
-        if out.unanswered() >= limits::SENDS_IN_FLIGHT {
+        if out.answers() >= limits::ANSWERS_QUEUED {
             self.room.notify_one();
         }
         let groups = out.groups.as_mut().and_then(|groups| groups.take(group_items));
@@ -545,7 +545,10 @@ impl Handle {
                 _ => groups.followed.remove(&group) == Some(true),
             };
             groups.heads.insert(group, at);
-            out.in_flight -= usize::from(waited);
+            if waited {
+                out.in_flight -= 1;
+                self.room.notify_one();
+            }
         });
     }
 
@@ -578,10 +581,14 @@ impl Handle {
 impl AppendSink for Handle {
     fn done(&self, token: u64, outcome: Result<Offset, AppendError>) {
         let mut out = self.out.lock();
+        let was_full = out.in_flight >= limits::SENDS_IN_FLIGHT;
         out.in_flight -= 1;
         match outcome {
             Ok(_) => out.accepted.push(token),
             Err(error) => out.refused.push(refusal(token, &append_failed(&error))),
+        }
+        if was_full {
+            self.room.notify_one();
         }
     }
 

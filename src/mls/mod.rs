@@ -7,5 +7,6 @@ pub mod key_package;
 pub mod profile;
 pub mod public;
 pub mod rules;
+pub mod sender;
 pub mod storage;
 pub mod welcome;

@@ -11,7 +11,9 @@ use openmls::prelude::{
 use zeroize::Zeroizing;
 
 use super::crypto::{Crypto, SUITES};
-use super::rules::{self, Changes, Denied, Roster};
+use super::profile::NAME_KEY;
+use super::rules::{self, Actor, Changes, Denied, Roster};
+use super::sender;
 use super::storage::{Backend, Error as StorageError, Kind, Storage};
 use crate::clock::Random;
 use crate::ids::{DeviceAddr, GroupId};
@@ -99,7 +101,7 @@ impl Memory {
 
 /// Keeps nothing: most commits are not worth a copy of the tree.
 #[derive(Debug, Default)]
-struct Nowhere;
+pub(super) struct Nowhere;
 
 impl Backend for Nowhere {
     fn get(&self, _: Kind, _: &[u8]) -> Result<Option<Zeroizing<Vec<u8>>>, StorageError> {
@@ -134,17 +136,40 @@ pub fn group_of(group_info: &[u8]) -> Result<GroupId, Refused> {
     GroupId::from_slice(info.group_id().as_slice()).map_err(Refused::invalid)
 }
 
+/// A valid proposal that the group's rules allow.
+pub struct CheckedProposal {
+    proposal: QueuedProposal,
+    /// Who proposes.
+    pub by: Actor,
+    /// The leaf that it wants removed.
+    pub leaf: u32,
+}
+
 impl Public {
     /// A group that somebody creates: from its GroupInfo (an MLSMessage) and tree, which must hold a sound group.
     pub fn create(group_info: &[u8], tree: &[u8], random: &dyn Random) -> Result<Self, Refused> {
+        Self::create_in(&Storage(Nowhere), group_info, tree, random)
+    }
+
+    /// As [`create`](Self::create), and returns the group as bytes, as [`merge_and_save`](Self::merge_and_save) does.
+    pub fn create_and_save(group_info: &[u8], tree: &[u8], random: &dyn Random) -> Result<(Self, Vec<u8>), Refused> {
+        let memory = Storage(Memory::default());
+        let created = Self::create_in(&memory, group_info, tree, random)?;
+        Ok((created, memory.0.encode()))
+    }
+
+    fn create_in<B: Backend>(storage: &Storage<B>, group_info: &[u8], tree: &[u8], random: &dyn Random) -> Result<Self, Refused> {
         let MlsMessageBodyIn::GroupInfo(info) = body(group_info)? else { return Err(Refused::invalid("not a GroupInfo")) };
+        if info.extensions().unknown(NAME_KEY).is_some() {
+            return Err(Refused::invalid("the GroupInfo shows the key of the group's name"));
+        }
         if !SUITES.contains(&info.ciphersuite()) {
             return Err(Refused::invalid("the cipher suite is not supported"));
         }
         let id = GroupId::from_slice(info.group_id().as_slice()).map_err(Refused::invalid)?;
         let tree = RatchetTreeIn::tls_deserialize_exact(tree).map_err(Refused::invalid)?;
-        let (group, _) = PublicGroup::from_external(&Crypto::new(random), &Storage(Nowhere), tree, info, ProposalStore::new())
-            .map_err(Refused::invalid)?;
+        let (group, _) =
+            PublicGroup::from_external(&Crypto::new(random), storage, tree, info, ProposalStore::new()).map_err(Refused::invalid)?;
         Roster::of(&group)?.check()?;
         Ok(Self { id, group })
     }
@@ -162,6 +187,12 @@ impl Public {
     /// Who is in it.
     pub fn roster(&self) -> Result<Roster, Denied> {
         Roster::of(&self.group)
+    }
+
+    /// Whether members listen to proposals of a server with this public key, and of nobody else outside; `None`: of nobody at all.
+    pub fn listens_to(&self, server: &[u8]) -> Option<bool> {
+        let senders = self.group.group_context().extensions().external_senders().filter(|senders| !senders.is_empty())?;
+        Some(senders.as_slice() == [sender::external_sender(server)])
     }
 
     /// The hash of the tree.
@@ -206,6 +237,16 @@ impl Public {
         }
     }
 
+    /// As [`matches`](Self::matches), of the epoch that a commit begins. Nor may it show the key of the group's name to the server.
+    pub fn matches_after(checked: &Checked, group_info: &[u8]) -> bool {
+        match body(group_info) {
+            Ok(MlsMessageBodyIn::GroupInfo(info)) => {
+                info.group_context() == checked.commit.group_context() && info.extensions().unknown(NAME_KEY).is_none()
+            }
+            _ => false,
+        }
+    }
+
     /// As [`merge`](Self::merge), and returns the group as bytes, to go on from without the log before it. Costs a copy of the tree.
     pub fn merge_and_save(&mut self, checked: Checked) -> Result<Vec<u8>, Refused> {
         let memory = Storage(Memory::default());
@@ -223,17 +264,24 @@ impl Public {
 
     /// Checks a proposal (an MLSMessage with a PublicMessage) of the current epoch, and keeps it for the commit that will take it up.
     pub fn propose(&mut self, proposal: &[u8], random: &dyn Random) -> Result<(), Refused> {
+        let checked = self.check_proposal(proposal, random)?;
+        self.keep(checked)
+    }
+
+    /// The same without keeping it yet.
+    pub fn check_proposal(&self, proposal: &[u8], random: &dyn Random) -> Result<CheckedProposal, Refused> {
         if proposal.len() > limits::KEY_PACKAGE_BYTES {
             return Err(Refused::TooLarge);
         }
         let (_, content) = self.process(proposal, random)?;
         let ProcessedMessageContent::ProposalMessage(proposal) = content else { return Err(Refused::invalid("not a proposal")) };
-        rules::check_proposal(&self.group, &proposal)?;
-        self.queue(*proposal)
+        let (by, leaf) = rules::check_proposal(&self.group, &proposal)?;
+        Ok(CheckedProposal { proposal: *proposal, by, leaf })
     }
 
-    fn queue(&mut self, proposal: QueuedProposal) -> Result<(), Refused> {
-        self.group.add_proposal(&Storage(Nowhere), proposal).map_err(Refused::invalid)
+    /// Keeps a proposal of this epoch.
+    pub fn keep(&mut self, checked: CheckedProposal) -> Result<(), Refused> {
+        self.group.add_proposal(&Storage(Nowhere), checked.proposal).map_err(Refused::invalid)
     }
 
     fn process(&self, message: &[u8], random: &dyn Random) -> Result<(Sender, ProcessedMessageContent), Refused> {

@@ -215,16 +215,17 @@ pub fn profile_of(extensions: &Extensions<GroupContext>) -> Result<Profile, Deni
 }
 
 /// Whether a proposal on its own is of a kind that groups here know, and its sender may make it. Whether it may be committed is for
-/// the commit to show.
-pub fn check_proposal(group: &PublicGroup, proposal: &QueuedProposal) -> Result<(), Denied> {
+/// the commit to show. Gives who proposes and the leaf to remove.
+pub fn check_proposal(group: &PublicGroup, proposal: &QueuedProposal) -> Result<(Actor, u32), Denied> {
     let roster = Roster::of(group)?;
     let actor = actor(&roster, proposal.sender(), None)?;
     match proposal.proposal() {
         Proposal::Remove(remove) => {
-            let gone = roster.leaves.get(&remove.removed().u32()).ok_or(Denied::NotMember)?;
+            let leaf = remove.removed().u32();
+            let gone = roster.leaves.get(&leaf).ok_or(Denied::NotMember)?;
             match actor {
-                Actor::Server => Ok(()),
-                Actor::Member(device) if device.account == gone.account => Ok(()),
+                Actor::Server => Ok((actor, leaf)),
+                Actor::Member(device) if device.account == gone.account => Ok((actor, leaf)),
                 // Whoever may remove others commits it at once.
                 Actor::Member(_) | Actor::Joiner(_) => Err(Denied::NotAllowed),
             }

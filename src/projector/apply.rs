@@ -10,13 +10,16 @@ use std::collections::{HashMap, HashSet, VecDeque};
 
 use bytes::Bytes;
 
-use crate::ids::{AccountId, AttachId, DeviceAddr, DeviceId, EdgeId, Seq};
+use crate::ids::{AccountId, AttachId, ClientMessageId, DeviceAddr, DeviceId, EdgeId, Seq};
 use crate::limits;
 use crate::metadata::step::{Settled, Step as LifeStep};
 use crate::projector::push::Push;
 use crate::store::{DeliveryWrite, InboxState, Mark, MarkKey, PendingBody, PendingEnvelope, PendingItem, seal};
 use crate::wire::event::{self, EnvelopesAccepted, InboxEvent, ReceiptEntry, ReceiptKind, flags};
 use crate::wire::metadata::MetadataKind;
+
+/// The client message id of envelopes that the server itself sends: no device's counter begins below 1.
+pub const FROM_SERVER: ClientMessageId = ClientMessageId(0);
 
 /// What the projector knows of an inbox.
 #[derive(Debug, Default)]
@@ -135,7 +138,10 @@ impl Projection {
                     inbox(DeviceAddr { account: accepted.recipient, device: envelope.device });
                 }
                 let key = MarkKey { recipient: accepted.recipient, sender: accepted.sender };
-                if !self.marks.contains_key(&key) && self.has_marks_of(&accepted.recipient) != Some(true) {
+                if accepted.client_message_id != FROM_SERVER
+                    && !self.marks.contains_key(&key)
+                    && self.has_marks_of(&accepted.recipient) != Some(true)
+                {
                     needs.marks.insert(key);
                 }
             }
@@ -266,6 +272,10 @@ impl Projection {
     }
 
     fn accept(&mut self, at: Seq, accepted: &EnvelopesAccepted<'_>, payload: &Bytes) {
+        // Its repeats are the recipient's to pass over, and nobody waits for a receipt.
+        if accepted.client_message_id == FROM_SERVER {
+            return self.put_all(at, accepted, payload);
+        }
         let key = MarkKey { recipient: accepted.recipient, sender: accepted.sender };
         let (mark, dirty) = self.marks.entry(key).or_default();
         if mark.applied >= at {
@@ -296,6 +306,10 @@ impl Projection {
             }
         }
         note_message(&mut self.steps, MetadataKind::Accepted, at, accepted);
+        self.put_all(at, accepted, payload);
+    }
+
+    fn put_all(&mut self, at: Seq, accepted: &EnvelopesAccepted<'_>, payload: &Bytes) {
         for envelope in &accepted.envelopes {
             let body = PendingBody::Envelope(PendingEnvelope {
                 sender: accepted.sender,
@@ -581,6 +595,7 @@ impl Projection {
 
 fn tell(told: &mut Vec<Told>, recipient: DeviceAddr, kind: ReceiptKind, body: &PendingBody) {
     match body {
+        PendingBody::Envelope(envelope) if envelope.client_message_id == FROM_SERVER => {}
         PendingBody::Envelope(envelope) => told.push(Told { sender: envelope.sender, recipient, kind, id: envelope.client_message_id.0 }),
         // Nobody is told what became of a receipt.
         PendingBody::Receipts(_) => {}
@@ -596,7 +611,10 @@ fn note_message(steps: &mut Option<Vec<LifeStep>>, kind: MetadataKind, at: Seq, 
 /// Envelopes only: nobody counts receipts.
 fn note_settled(steps: &mut Option<Vec<LifeStep>>, recipient: DeviceAddr, kind: ReceiptKind, item: &PendingItem) {
     if let (Some(steps), PendingBody::Envelope(envelope)) = (steps, &item.body) {
-        let &PendingEnvelope { sender, accepted, flags, ref sealed, .. } = envelope;
+        let &PendingEnvelope { sender, accepted, flags, client_message_id, ref sealed, .. } = envelope;
+        if client_message_id == FROM_SERVER {
+            return;
+        }
         let size_bytes = sealed.len().saturating_sub(seal::OVERHEAD);
         steps.push(LifeStep::settled(kind, Settled { at: item.seq, recipient, sender, accepted, flags, size_bytes }));
     }

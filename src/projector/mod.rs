@@ -3,6 +3,7 @@
 pub mod apply;
 pub mod behind;
 pub mod directory;
+pub mod groups;
 pub mod lag;
 #[cfg(test)]
 mod model;

@@ -151,6 +151,8 @@ pub enum Verdict {
 /// may make the projector wait while it is full, and never drops.
 #[async_trait]
 pub trait PushBus: Send + Sync + 'static {
+    /// A worker begins, at its stored positions: that pushes of an earlier one were lost is no failure of this one's.
+    fn begin(&self) {}
     /// To one edge. If there is no such edge any more its attachments are over, which the next attachment of each device says.
     async fn push(&self, edge: EdgeId, batch: Vec<Push>);
     /// To all edges.

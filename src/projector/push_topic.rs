@@ -189,6 +189,9 @@ fn partition_of(edge: &EdgeId, partitions: u16) -> Partition {
 
 #[derive(Debug, Clone, Default)]
 struct Sent {
+    /// Which of the workers in turn it counts for. What an earlier one had under way is not this one's matter: it pushes again what its
+    /// positions don't cover.
+    worker: u64,
     submitted: u64,
     done: u64,
     failed: Option<AppendError>,
@@ -199,8 +202,11 @@ struct Sent {
 struct Tracker(watch::Sender<Sent>);
 
 impl AppendSink for Tracker {
-    fn done(&self, _token: u64, outcome: Result<Offset, AppendError>) {
+    fn done(&self, token: u64, outcome: Result<Offset, AppendError>) {
         self.0.send_if_modified(|sent| {
+            if token != sent.worker {
+                return false;
+            }
             sent.done += 1;
             let failed = outcome.err();
             let news = failed.is_some() || sent.done == sent.submitted;
@@ -241,11 +247,13 @@ impl PushTopic {
     fn submit(&self, partition: Partition, record: &Bytes) -> Result<(), AppendError> {
         let _order = self.order.lock();
         // Before the append, so that its outcome never comes first.
+        let mut worker = 0;
         self.tracker.0.send_if_modified(|sent| {
             sent.submitted += 1;
+            worker = sent.worker;
             false
         });
-        let submitted = self.log.submit(TopicPartition { topic: Topic::Push, partition }, record.clone(), &self.sink, 0);
+        let submitted = self.log.submit(TopicPartition { topic: Topic::Push, partition }, record.clone(), &self.sink, worker);
         if submitted.is_err() {
             self.tracker.0.send_modify(|sent| sent.submitted -= 1);
         }
@@ -255,6 +263,12 @@ impl PushTopic {
 
 #[async_trait]
 impl PushBus for PushTopic {
+    fn begin(&self) {
+        // Not between the count of a submission and the submission.
+        let _order = self.order.lock();
+        self.tracker.0.send_modify(|sent| *sent = Sent { worker: sent.worker + 1, ..Sent::default() });
+    }
+
     async fn push(&self, edge: EdgeId, batch: Vec<Push>) {
         let partition = partition_of(&edge, self.log.partitions(Topic::Push));
         self.append(partition, encode(Some(edge), &batch)).await;
@@ -416,6 +430,66 @@ mod tests {
         }
         assert_eq!(format!("{back:?}"), format!("{pushes:?}"));
         assert_eq!(encode(None, &[]).len(), 0);
+    }
+
+    /// Keeps what is submitted, so that a test can say what becomes of it.
+    #[derive(Default)]
+    struct Held(Mutex<Vec<(Arc<dyn AppendSink>, u64)>>);
+
+    impl Held {
+        fn answer(&self, outcome: &Result<Offset, AppendError>) {
+            for (sink, token) in self.0.lock().drain(..) {
+                sink.done(token, outcome.clone());
+            }
+        }
+    }
+
+    #[async_trait]
+    impl EventLog for Held {
+        fn partitions(&self, _: Topic) -> u16 {
+            2
+        }
+        fn submit(&self, _: TopicPartition, _: Bytes, sink: &Arc<dyn AppendSink>, token: u64) -> Result<(), AppendError> {
+            self.0.lock().push((Arc::clone(sink), token));
+            Ok(())
+        }
+        async fn consumer(&self, _: &str, _: &[Topic]) -> Result<Box<dyn crate::log::Consumer>, ReadError> {
+            Err(ReadError::Closed)
+        }
+        async fn read(&self, _: TopicPartition, _: Offset, _: usize) -> Result<Vec<crate::log::Record>, ReadError> {
+            Ok(vec![])
+        }
+        async fn bounds(&self, _: TopicPartition) -> Result<(Offset, Offset), ReadError> {
+            Ok((Offset(0), Offset(0)))
+        }
+        async fn truncate_before(&self, _: TopicPartition, _: Offset) -> Result<(), ReadError> {
+            Ok(())
+        }
+        fn health(&self) -> Result<(), AppendError> {
+            Ok(())
+        }
+        async fn close(&self) {}
+    }
+
+    /// A projector goes on after Kafka was away for longer than an append may take: its next worker is not failed by that again.
+    #[tokio::test]
+    async fn a_lost_push_fails_the_worker_that_pushed_it_and_no_later_one() {
+        let log = Arc::new(Held::default());
+        let bus = PushTopic::new(Arc::clone(&log) as Arc<dyn EventLog>);
+        let lost = Err(AppendError::Unknown("no answer".to_owned()));
+        bus.begin();
+        bus.broadcast(vec![item(1, 10)]).await;
+        log.answer(&lost);
+        assert!(bus.settled().await.is_err());
+        bus.broadcast(vec![item(2, 10)]).await;
+        bus.begin();
+        assert_eq!(bus.settled().await, Ok(()));
+        // What the first one still had under way.
+        log.answer(&lost);
+        bus.broadcast(vec![item(3, 10)]).await;
+        let settled = bus.settled();
+        log.answer(&Ok(Offset(7)));
+        assert_eq!(settled.await, Ok(()));
     }
 
     #[test]

@@ -22,8 +22,10 @@ use crate::metrics;
 use crate::projector::apply::{Needs, Projection, Step};
 use crate::projector::behind::{Behind, Job, retry};
 use crate::projector::directory;
+use crate::projector::groups::gone;
 use crate::projector::push::{Push, PushBus};
 use crate::projector::recording::Recording;
+use crate::store::groups::GroupStore;
 use crate::store::{DeliveryStore, DeliveryWrite, DirectoryStore, KeyStore, MarkKey, StoreError};
 use crate::traces::{self, Span};
 use crate::wire::event::{self, DirectoryCommand, InboxEvent, ReceiptKind, TraceContext};
@@ -94,6 +96,8 @@ pub struct Parts {
     pub delivery: Arc<dyn DeliveryStore>,
     /// Where accounts go.
     pub directory: Arc<dyn DirectoryStore>,
+    /// Which groups hear of devices that are no more.
+    pub groups: Arc<dyn GroupStore>,
     /// What goes with a deleted account.
     pub keys: Arc<dyn KeyStore>,
     /// The way to the edges.
@@ -189,6 +193,7 @@ impl Worker {
     /// A worker that owns nothing yet. Call within a runtime.
     pub fn new(parts: Parts, pace: Pace) -> (Self, watch::Receiver<Progress>) {
         let (progress, receiver) = watch::channel(Progress::default());
+        parts.bus.begin();
         let worker = Self {
             behind: Behind::start(Arc::clone(&parts.delivery), Arc::clone(&parts.bus)),
             receipts: Vec::new(),
@@ -521,6 +526,7 @@ impl Worker {
         for (account, event) in plan.inbox_events() {
             append_for(parts.log.as_ref(), &account, event::encode(&event)).await?;
         }
+        gone::tell(parts, last.appended, &plan).await?;
         if let Some(recording) = &mut self.recording {
             // Their time is the command's own.
             recording.add(tp, last.appended, &mut plan.steps);
@@ -529,6 +535,8 @@ impl Worker {
             }
         }
         retry(|| plan.commit(parts.directory.as_ref(), parts.keys.as_ref())).await?;
+        // Once more, for who came into a group meanwhile: from here on nobody gets its KeyPackages.
+        gone::tell(parts, last.appended, &plan).await?;
         self.projection.broadcasts.extend(plan.changed().map(|account| Push::AccountChanged { account }));
         for outcome in plan.outcomes {
             if let Some(request) = outcome.reply_to {
@@ -594,7 +602,7 @@ pub(super) async fn append(log: &dyn EventLog, to: TopicPartition, payload: Byte
 }
 
 /// The same for an account's partition of `inbox`, wherever that is by then.
-async fn append_for(log: &dyn EventLog, account: &AccountId, payload: Bytes) -> Result<(), AppendError> {
+pub(super) async fn append_for(log: &dyn EventLog, account: &AccountId, payload: Bytes) -> Result<(), AppendError> {
     loop {
         match log.route(account) {
             Ok(to) => return append(log, to, payload).await,
@@ -604,6 +612,6 @@ async fn append_for(log: &dyn EventLog, account: &AccountId, payload: Bytes) -> 
     }
 }
 
-fn undecodable(tp: TopicPartition, record: &Record, source: event::DecodeError) -> WorkerError {
+pub(super) fn undecodable(tp: TopicPartition, record: &Record, source: event::DecodeError) -> WorkerError {
     WorkerError::Decode { topic: tp.topic.name(), partition: tp.partition, offset: record.offset, source }
 }

@@ -1,4 +1,4 @@
-//! The projector's thread, and how far it is behind.
+//! The projectors' threads, and how far they are behind.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,6 +11,7 @@ use crate::limits;
 use crate::log::{EventLog, Topic, TopicPartition};
 use crate::metadata::Keys;
 use crate::metrics;
+use crate::projector::groups::worker::{Parts as GroupParts, Worker as GroupWorker};
 use crate::projector::lag::Lag;
 use crate::projector::worker::{Pace, Parts as WorkerParts, Positions, Progress, Worker, WorkerError};
 use crate::server::ServerError;
@@ -32,12 +33,44 @@ pub(super) fn spawn(
     stop: watch::Receiver<bool>,
     failing: watch::Sender<Option<ServerError>>,
 ) -> Result<(std::thread::JoinHandle<()>, watch::Receiver<Progress>), ServerError> {
+    let begin = move |stop| {
+        let (worker, progress) = Worker::new(parts.clone(), keeping.pace);
+        let worker = worker.recording(keeping.metadata.as_ref()).beside(keeping.beside.clone());
+        let work = async move {
+            let outcome = worker.run(stop).await;
+            metrics::observe_owned(0);
+            outcome
+        };
+        (work, progress)
+    };
+    on_thread("projector", begin, stop, failing)
+}
+
+/// The projector of groups, on a thread of its own: checking a commit of a big group keeps it busy for long.
+pub(super) fn spawn_groups(
+    parts: GroupParts,
+    stop: watch::Receiver<bool>,
+    failing: watch::Sender<Option<ServerError>>,
+) -> Result<(std::thread::JoinHandle<()>, watch::Receiver<Progress>), ServerError> {
+    let begin = move |stop| {
+        let (worker, progress) = GroupWorker::new(parts.clone());
+        (worker.run(stop), progress)
+    };
+    on_thread("groups", begin, stop, failing)
+}
+
+/// Keeps a projector at work on a thread of this name, and begins it anew from its position after an error that may pass.
+fn on_thread<W: Future<Output = Result<(), WorkerError>> + Send>(
+    name: &'static str,
+    begin: impl Fn(watch::Receiver<bool>) -> (W, watch::Receiver<Progress>) + Send + 'static,
+    stop: watch::Receiver<bool>,
+    failing: watch::Sender<Option<ServerError>>,
+) -> Result<(std::thread::JoinHandle<()>, watch::Receiver<Progress>), ServerError> {
     let (outer, progress) = watch::channel(Progress::default());
     let runtime = tokio::runtime::Handle::current();
     let work = async move {
         while !*stop.borrow() {
-            let (worker, mut inner) = Worker::new(parts.clone(), keeping.pace);
-            let worker = worker.recording(keeping.metadata.as_ref()).beside(keeping.beside.clone());
+            let (work, mut inner) = begin(stop.clone());
             let forward = async {
                 while inner.changed().await.is_ok() {
                     outer.send_replace(*inner.borrow_and_update());
@@ -45,26 +78,25 @@ pub(super) fn spawn(
                 std::future::pending::<()>().await;
             };
             let outcome = tokio::select! {
-                outcome = worker.run(stop.clone()) => outcome,
+                outcome = work => outcome,
                 () = forward => unreachable!("forwarding never ends"),
             };
-            metrics::observe_owned(0);
             outer.send_modify(|progress| progress.caught_up = false);
             match outcome {
                 Ok(()) => return,
                 Err(error @ (WorkerError::Decode { .. } | WorkerError::Store(StoreError::Corrupt(_)))) => {
-                    tracing::error!(%error, "the projector can't go on");
+                    tracing::error!(name, %error, "the projector can't go on");
                     failing.send_replace(Some(error.into()));
                     return;
                 }
                 Err(error) => {
-                    tracing::error!(%error, "the projector failed; it starts again from its position");
+                    tracing::error!(name, %error, "the projector failed; it starts again from its position");
                     tokio::time::sleep(Duration::from_secs(1)).await;
                 }
             }
         }
     };
-    let thread = std::thread::Builder::new().name("projector".to_owned()).spawn(move || runtime.block_on(work))?;
+    let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || runtime.block_on(work))?;
     Ok((thread, progress))
 }
 

@@ -3,7 +3,7 @@
 use bincode::{BorrowDecode, Encode};
 
 use crate::clock::UnixMillis;
-use crate::ids::{ClientMessageId, DeviceAddr, EdgeId, GroupId};
+use crate::ids::{ClientMessageId, DeviceAddr, EdgeId, GroupId, Seq};
 use crate::wire::event::RequestId;
 
 /// Something that one group meets.
@@ -79,6 +79,11 @@ pub enum GroupEventBody<'a> {
     EdgeDetached {
         /// Which one.
         edge: EdgeId,
+    },
+    /// Items up to and including the seq are dropped: their time is over.
+    Expired {
+        /// The last of them.
+        to: Seq,
     },
 }
 

@@ -123,14 +123,33 @@ impl Api {
         Ok(answer["token"].as_str().context("no token in the answer")?.to_owned())
     }
 
-    async fn register(&self, name: &str, keys: &Value) -> anyhow::Result<Registered> {
+    /// An account with this many devices.
+    async fn register_account(&self, name: &str, devices: usize, keys: &Value) -> anyhow::Result<Vec<Registered>> {
+        let (user, first) = self.register(name, keys).await?;
+        let mut found = vec![first];
+        while found.len() < devices {
+            // Once only: after an unknown outcome the account could have a device that nobody reads.
+            let mut body = keys.clone();
+            body["tokens"] = json!([self.token(&user).await?]);
+            let answer = self.call(Method::POST, "/v1/devices", None, Some(&body)).await?;
+            if answer.status != StatusCode::CREATED {
+                bail!("the registration of a further device was answered with {}: {}", answer.status, answer.body);
+            }
+            found.push(registered(&answer.body)?);
+        }
+        Ok(found)
+    }
+
+    /// A new account's user and device.
+    async fn register(&self, name: &str, keys: &Value) -> anyhow::Result<(String, Registered)> {
         let until = Instant::now() + PATIENCE;
         for attempt in 0.. {
             // A new user for each attempt: one whose outcome is unknown may have made its account.
             let mut body = keys.clone();
-            body["tokens"] = json!([self.token(&format!("load-{}-{name}-{attempt}", self.run)).await?]);
+            let user = format!("load-{}-{name}-{attempt}", self.run);
+            body["tokens"] = json!([self.token(&user).await?]);
             let answer = match self.call(Method::POST, "/v1/devices", None, Some(&body)).await {
-                Ok(answer) if answer.status == StatusCode::CREATED => return registered(&answer.body),
+                Ok(answer) if answer.status == StatusCode::CREATED => return Ok((user, registered(&answer.body)?)),
                 Ok(answer) if answer.status.is_client_error() && answer.status != StatusCode::TOO_MANY_REQUESTS => {
                     bail!("a registration was answered with {}: {}", answer.status, answer.body)
                 }
@@ -145,29 +164,30 @@ impl Api {
         unreachable!("the loop ends by returning")
     }
 
-    /// Registers this many devices, each with an account of its own, that publish the same keys.
+    /// Registers this many accounts with so many devices each, which all publish the same keys; the devices come account by account.
     pub async fn register_many(
         &self,
         kind: &str,
         count: usize,
+        devices: usize,
         keys: &Keyset,
         one_time: usize,
         progress: impl Fn(usize),
     ) -> anyhow::Result<Vec<Registered>> {
         let body = keys.registration(one_time)?;
         let (body, progress) = (&body, &progress);
-        let mut found: Vec<(usize, Registered)> = stream::iter(0..count)
-            .map(|index| async move { anyhow::Ok((index, self.register(&format!("{kind}{index}"), body).await?)) })
+        let mut found: Vec<(usize, Vec<Registered>)> = stream::iter(0..count)
+            .map(|index| async move { anyhow::Ok((index, self.register_account(&format!("{kind}{index}"), devices, body).await?)) })
             .buffer_unordered(REGISTRATIONS_AT_ONCE)
             .enumerate()
             .map(|(done, result)| {
-                progress(done + 1);
+                progress((done + 1) * devices);
                 result
             })
             .try_collect()
             .await?;
         found.sort_unstable_by_key(|(index, _)| *index);
-        Ok(found.into_iter().map(|(_, device)| device).collect())
+        Ok(found.into_iter().flat_map(|(_, devices)| devices).collect())
     }
 
     /// Uploads one-time prekeys.
@@ -198,15 +218,19 @@ fn registered(body: &Value) -> anyhow::Result<Registered> {
     })
 }
 
-/// The body of `POST /v1/accounts/{account}/messages` for one device.
-pub fn send_body(target: &Target, id: u64, kind: u8, content: &[u8]) -> Value {
-    json!({
-        "client_message_id": id,
-        "envelopes": [{
+/// The body of `POST /v1/accounts/{account}/messages` for devices of that account.
+pub fn send_body(targets: &[Target], id: u64, kind: u8, content: &[u8]) -> Value {
+    let content = STANDARD.encode(content);
+    let envelope = |target: &Target| {
+        json!({
             "device_id": target.device,
             "registration_id": target.registration,
             "type": kind,
-            "content": STANDARD.encode(content),
-        }],
+            "content": content,
+        })
+    };
+    json!({
+        "client_message_id": id,
+        "envelopes": targets.iter().map(envelope).collect::<Vec<_>>(),
     })
 }

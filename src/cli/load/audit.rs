@@ -30,10 +30,12 @@ impl Bits {
 /// Which recipient a sender's messages go to: its own few peers in turn, so that a message's number says everything.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Routes {
-    /// Receiving devices.
+    /// Receiving accounts.
     pub recipients: u64,
     /// How many of them each sender writes to.
     pub peers: u64,
+    /// Devices of each recipient; each of them gets every message.
+    pub devices: u64,
 }
 
 impl Routes {
@@ -58,10 +60,11 @@ impl Routes {
 pub struct Audit {
     routes: Routes,
     accepted_ids: Vec<Bits>,
+    /// Of each sender, one for each device of a recipient.
     received_ids: Vec<Bits>,
     /// Accepted by the server, each message once.
     pub accepted: u64,
-    /// Handed to the application of a recipient.
+    /// Handed to the application of a recipient, each of its devices counted.
     pub delivered: u64,
     /// Handed to it a second time.
     pub duplicates: u64,
@@ -72,8 +75,8 @@ pub struct Audit {
 impl Audit {
     /// For this many senders.
     pub fn new(senders: usize, routes: Routes) -> Self {
-        let empty = vec![Bits::default(); senders];
-        Self { routes, accepted_ids: empty.clone(), received_ids: empty, accepted: 0, delivered: 0, duplicates: 0, corrupt: 0 }
+        let (accepted_ids, received_ids) = (vec![Bits::default(); senders], vec![Bits::default(); senders * routes.devices as usize]);
+        Self { routes, accepted_ids, received_ids, accepted: 0, delivered: 0, duplicates: 0, corrupt: 0 }
     }
 
     /// The server said that it is accepted. Answers to repeats count once.
@@ -81,13 +84,14 @@ impl Audit {
         self.accepted += u64::from(self.accepted_ids[sender as usize].insert(number));
     }
 
-    /// A recipient's application was handed a message; whether that was right.
-    pub fn receive(&mut self, recipient: u64, sender: u64, number: u64) -> bool {
-        if sender >= self.received_ids.len() as u64 || number == 0 || self.routes.recipient(sender, number) != recipient {
+    /// The application on a receiving device was handed a message; whether that was right. Devices are counted account by account.
+    pub fn receive(&mut self, device: u64, sender: u64, number: u64) -> bool {
+        let (recipient, copy) = (device / self.routes.devices, device % self.routes.devices);
+        if sender >= self.accepted_ids.len() as u64 || number == 0 || self.routes.recipient(sender, number) != recipient {
             self.corrupt += 1;
             return false;
         }
-        let fresh = self.received_ids[sender as usize].insert(number);
+        let fresh = self.received_ids[(sender * self.routes.devices + copy) as usize].insert(number);
         if fresh {
             self.delivered += 1;
         } else {
@@ -96,26 +100,33 @@ impl Audit {
         fresh
     }
 
-    /// Whether a message has arrived.
-    pub fn has_received(&self, sender: u64, number: u64) -> bool {
-        self.received_ids[sender as usize].contains(number)
+    /// What of a sender's messages each device of their recipients has received.
+    fn received(&self, sender: u64) -> &[Bits] {
+        &self.received_ids[(sender * self.routes.devices) as usize..][..self.routes.devices as usize]
     }
 
-    /// Accepted and not (yet) received.
+    /// Whether a message has arrived at all devices of its recipient.
+    pub fn has_received(&self, sender: u64, number: u64) -> bool {
+        self.received(sender).iter().all(|received| received.contains(number))
+    }
+
+    /// Accepted and not (yet) received, each device counted.
     pub fn missing(&self) -> u64 {
-        self.accepted_ids.iter().zip(&self.received_ids).map(|(accepted, received)| accepted.without(received)).sum()
+        let of =
+            |(sender, accepted): (u64, &Bits)| -> u64 { self.received(sender).iter().map(|received| accepted.without(received)).sum() };
+        (0..).zip(&self.accepted_ids).map(of).sum()
     }
 
     /// The first few that are accepted and not received: sender, recipient, client message id.
     pub fn missing_examples(&self, limit: usize) -> Vec<(u64, u64, u64)> {
         let mut out = Vec::new();
-        for (sender, (accepted, received)) in self.accepted_ids.iter().zip(&self.received_ids).enumerate() {
-            let numbers = (0..accepted.0.len() as u64 * 64).filter(|&n| accepted.contains(n) && !received.contains(n));
+        for (sender, accepted) in (0..).zip(&self.accepted_ids) {
+            let numbers = (0..accepted.0.len() as u64 * 64).filter(|&n| accepted.contains(n) && !self.has_received(sender, n));
             for number in numbers {
                 if out.len() == limit {
                     return out;
                 }
-                out.push((sender as u64, self.routes.recipient(sender as u64, number), self.routes.message_id(number)));
+                out.push((sender, self.routes.recipient(sender, number), self.routes.message_id(number)));
             }
         }
         out
@@ -128,7 +139,7 @@ mod tests {
 
     use super::*;
 
-    const ROUTES: Routes = Routes { recipients: 5, peers: 3 };
+    const ROUTES: Routes = Routes { recipients: 5, peers: 3, devices: 1 };
 
     #[test]
     fn ids_of_a_pair_grow_by_one_from_one() {
@@ -146,7 +157,7 @@ mod tests {
     #[test]
     fn a_pair_stays_within_the_servers_window() {
         for peers in [1, 3, 64] {
-            let routes = Routes { recipients: 64, peers };
+            let routes = Routes { recipients: 64, peers, devices: 1 };
             for oldest in 1..=peers {
                 let newest = oldest + routes.spread_max();
                 assert!(routes.message_id(newest) - routes.message_id(oldest) < crate::limits::MESSAGE_ID_WINDOW - 1);
@@ -172,5 +183,15 @@ mod tests {
         audit.accept(1, 1);
         assert_eq!((audit.accepted, audit.delivered, audit.duplicates, audit.corrupt, audit.missing()), (201, 201, 1, 2, 1));
         assert_eq!(audit.missing_examples(10), [(0, ROUTES.recipient(0, 150), ROUTES.message_id(150))]);
+    }
+
+    #[test]
+    fn a_message_must_reach_every_device_of_its_account_once() {
+        let mut audit = Audit::new(1, Routes { recipients: 1, peers: 1, devices: 2 });
+        audit.accept(0, 1);
+        assert!(audit.receive(0, 0, 1) && !audit.has_received(0, 1));
+        assert_eq!((audit.missing(), audit.missing_examples(9)), (1, vec![(0, 0, 1)]));
+        assert!(!audit.receive(0, 0, 1) && audit.receive(1, 0, 1));
+        assert_eq!((audit.delivered, audit.duplicates, audit.missing()), (2, 1, 0));
     }
 }

@@ -18,7 +18,8 @@ const SETTLE: Duration = Duration::from_secs(2);
 /// Makes the run. Call it within a `LocalSet`.
 pub(super) async fn run(args: BacklogArgs, progress: Progress) -> anyhow::Result<Report> {
     ensure!(args.pending > 0, "at least one message must wait");
-    let mut plan = Plan::new(args.common.server.clone());
+    let mut plan = Plan::new(args.common.first_server()?.clone());
+    plan.servers.clone_from(&args.common.server);
     plan.ca = args.common.ca()?;
     (plan.senders, plan.recipients, plan.peers) = (SENDERS, 1, 1);
     // Nobody receives while it fills.

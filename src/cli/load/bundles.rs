@@ -39,7 +39,7 @@ pub(super) async fn run(args: BundlesArgs, progress: Progress) -> anyhow::Result
     let length = super::length(args.seconds)?;
     ensure!(args.rate > 0.0 && args.rate <= 1e6 && args.devices > 0, "at least one device and a rate above 0");
     super::raise_file_limit(1_024);
-    let api = Api::new(&args.common.server, args.common.ca()?.as_ref())?;
+    let api = Api::new(args.common.first_server()?, args.common.ca()?.as_ref())?;
     api.ready().await?;
     let mut meter = Meter::new(&api, args.common.server_pid);
     meter.sample().await;
@@ -47,9 +47,9 @@ pub(super) async fn run(args: BundlesArgs, progress: Progress) -> anyhow::Result
     let keys = Keyset::generate()?;
     let all = args.devices * 2;
     let askers =
-        api.register_many("a", args.devices, &keys, 0, |done| progress.say(|| format!("registered {done} of {all} devices"))).await?;
+        api.register_many("a", args.devices, 1, &keys, 0, |done| progress.say(|| format!("registered {done} of {all} devices"))).await?;
     let targets = api
-        .register_many("t", args.devices, &keys, BATCH, |done| {
+        .register_many("t", args.devices, 1, &keys, BATCH, |done| {
             progress.say(|| format!("registered {} of {all} devices", args.devices + done))
         })
         .await?;

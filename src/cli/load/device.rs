@@ -1,6 +1,7 @@
 //! One device of a run: what it has in flight, what it has received, what it owes the server. No I/O here.
 
 use super::engine::World;
+use super::record::Event;
 use super::sending::{Answered, Sending, Slot};
 use super::wire::{self, Malformed, STAMP_BYTES, Seen, Stamp};
 use super::ws::{Decoder, Incoming, Outbox};
@@ -140,11 +141,11 @@ impl Session {
     }
 
     fn put(&self, world: &World, out: &mut Vec<u8>, number: u64, stamp: &[u8; STAMP_BYTES], content: Option<&(u8, Vec<u8>)>) {
-        let target = world.target(self.index, number);
+        let targets = world.targets(self.index, number);
         let id = world.routes.message_id(number);
         match content {
-            Some((kind, bytes)) => wire::put_send(out, target, number, id, *kind, bytes, &[]),
-            None => wire::put_send(out, target, number, id, 2, stamp, &world.template),
+            Some((kind, bytes)) => wire::put_send(out, targets, number, id, *kind, bytes, &[]),
+            None => wire::put_send(out, targets, number, id, 2, stamp, &world.template),
         }
     }
 
@@ -189,7 +190,10 @@ impl Session {
         let Some(sending) = &mut self.sending else { return };
         let mut audit = world.audit.borrow_mut();
         match sending.answered(number, code, retry_after_ms, world.now_us()) {
-            Answered::Accepted => audit.accept(self.index, number),
+            Answered::Accepted { at_us } => {
+                audit.accept(self.index, number);
+                world.note(Event::Accepted, at_us, world.routes.recipient(self.index, number));
+            }
             // It may have arrived all the same, if an earlier answer was lost.
             Answered::Refused if !audit.has_received(self.index, number) => sending.landed(),
             Answered::Refused | Answered::Open => {}
@@ -282,12 +286,12 @@ mod tests {
     async fn world_until(window: u64, until_delivered: bool) -> Rc<World> {
         let devices = vec![Device::new(Session::new(0, false, Some(Sending::new(u64::MAX)))), Device::new(Session::new(0, true, None))];
         World::new(Setup {
-            server: &"http://127.0.0.1:1".parse().unwrap(),
+            servers: &["http://127.0.0.1:1".parse().unwrap()],
             ca: None,
             senders: &[registered(1)],
             recipients: &[registered(2)],
             devices,
-            routes: Routes { recipients: 1, peers: 1 },
+            routes: Routes { recipients: 1, peers: 1, devices: 1 },
             window,
             payload: 100,
             rate: None,
@@ -295,6 +299,7 @@ mod tests {
             until_delivered,
             eager_acks: false,
             crypto: None,
+            record: None,
         })
         .await
         .unwrap()

@@ -4,6 +4,7 @@ use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::Path;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
@@ -22,6 +23,7 @@ use super::api::Registered;
 use super::audit::{Audit, Routes};
 use super::crypto::Parties;
 use super::device::{Device, Ended};
+use super::record::{Event, Record};
 use super::socket::{Socket, Tls};
 use super::wire::{STAMP_BYTES, Stamp, Target};
 use crate::client::PrivateCa;
@@ -66,7 +68,16 @@ pub struct Seat {
     socket: RefCell<Option<Socket>>,
     waker: RefCell<Option<Waker>>,
     credential: String,
+    server: usize,
     source: Option<IpAddr>,
+}
+
+/// One server that devices connect to.
+pub(super) struct Server {
+    /// Where it listens.
+    pub address: SocketAddr,
+    host: String,
+    tls: Option<Tls>,
 }
 
 /// Everything that the devices of a run share. One thread only.
@@ -99,9 +110,7 @@ pub struct World {
     pub first_us: Cell<u64>,
     /// The latest.
     pub last_us: Cell<u64>,
-    server: SocketAddr,
-    host: String,
-    tls: Option<Tls>,
+    servers: Vec<Server>,
     targets: Vec<Target>,
     crypto: Option<RefCell<Parties>>,
     /// Messages a microsecond, of all senders together; none in a closed loop.
@@ -115,17 +124,18 @@ pub struct World {
     /// Senders whose messages arrived since they were pumped last; each once.
     landed: RefCell<Vec<usize>>,
     landed_any: Notify,
+    record: Option<RefCell<Record>>,
 }
 
 /// What a world is made of.
 pub struct Setup<'a> {
-    /// The server.
-    pub server: &'a url::Url,
+    /// The server, or edges of one cluster: devices attach to them in turn.
+    pub servers: &'a [url::Url],
     /// Who vouches for it, if it speaks TLS.
     pub ca: Option<&'a PrivateCa>,
     /// Who sends, and how many messages each sends at most.
     pub senders: &'a [Registered],
-    /// Who receives.
+    /// Who receives: the devices, account by account.
     pub recipients: &'a [Registered],
     /// Sending and receiving halves, in that order.
     pub devices: Vec<Device>,
@@ -145,10 +155,12 @@ pub struct Setup<'a> {
     pub eager_acks: bool,
     /// Real ciphertexts.
     pub crypto: Option<Parties>,
+    /// Where each acceptance and each delivery gets a line.
+    pub record: Option<&'a Path>,
 }
 
 /// Address, `Host` header and TLS of a server.
-pub(super) async fn resolve(server: &url::Url, ca: Option<&PrivateCa>) -> anyhow::Result<(SocketAddr, String, Option<Tls>)> {
+pub(super) async fn resolve(server: &url::Url, ca: Option<&PrivateCa>) -> anyhow::Result<Server> {
     let host = server.host_str().unwrap_or("127.0.0.1").to_owned();
     let name = host.trim_matches(['[', ']']);
     let tls = match (server.scheme(), ca) {
@@ -159,13 +171,22 @@ pub(super) async fn resolve(server: &url::Url, ca: Option<&PrivateCa>) -> anyhow
     let port = server.port_or_known_default().unwrap_or(80);
     let address = tokio::net::lookup_host((name, port)).await?.next();
     let Some(address) = address else { bail!("{host} has no address") };
-    Ok((address, format!("{host}:{port}"), tls))
+    Ok(Server { address, host: format!("{host}:{port}"), tls })
 }
 
 impl World {
     /// Nothing is connected yet.
     pub async fn new(setup: Setup<'_>) -> anyhow::Result<Rc<Self>> {
-        let (server, host, tls) = resolve(setup.server, setup.ca).await?;
+        let mut servers = Vec::with_capacity(setup.servers.len());
+        for server in setup.servers {
+            servers.push(resolve(server, setup.ca).await?);
+        }
+        let devices_each = setup.routes.devices as usize;
+        let server_of = |at: usize| match at.checked_sub(setup.senders.len()) {
+            // The devices of an account are on different edges, and the first ones of all accounts on all of them.
+            Some(device) => (device / devices_each + device % devices_each) % servers.len(),
+            None => at % servers.len(),
+        };
         let mut template = vec![0; setup.payload.saturating_sub(STAMP_BYTES)];
         rand::rng().fill(&mut template[..]);
         let everyone = setup.senders.iter().chain(setup.recipients);
@@ -174,10 +195,12 @@ impl World {
             socket: RefCell::new(None),
             waker: RefCell::new(None),
             credential: registered.credential.clone(),
-            source: source_address(server, at),
+            server: server_of(at),
+            source: source_address(servers[server_of(at)].address, at),
         });
+        let seats = seats.collect();
         Ok(Rc::new(Self {
-            seats: seats.collect(),
+            seats,
             senders: setup.senders.len(),
             routes: setup.routes,
             window: setup.window,
@@ -191,9 +214,7 @@ impl World {
             counters: Counters::default(),
             first_us: Cell::new(0),
             last_us: Cell::new(0),
-            server,
-            host,
-            tls,
+            servers,
             targets: setup.recipients.iter().map(|r| r.target).collect(),
             crypto: setup.crypto.map(RefCell::new),
             rate: setup.rate.map(|per_second| per_second / 1e6),
@@ -205,6 +226,7 @@ impl World {
             fault: RefCell::new(None),
             landed: RefCell::default(),
             landed_any: Notify::new(),
+            record: setup.record.map(Record::create).transpose()?.map(RefCell::new),
         }))
     }
 
@@ -244,9 +266,28 @@ impl World {
         self.fault.borrow().clone()
     }
 
-    /// Where a sender's message goes.
-    pub fn target(&self, sender: u64, number: u64) -> &Target {
-        &self.targets[self.routes.recipient(sender, number) as usize]
+    /// Where a sender's message goes: all devices of its recipient.
+    pub fn targets(&self, sender: u64, number: u64) -> &[Target] {
+        self.devices_of(self.routes.recipient(sender, number))
+    }
+
+    fn devices_of(&self, recipient: u64) -> &[Target] {
+        let devices = self.routes.devices as usize;
+        &self.targets[recipient as usize * devices..][..devices]
+    }
+
+    /// Notes what became of a message now, where that is asked for.
+    pub fn note(&self, event: Event, due_us: u64, recipient: u64) {
+        let Some(record) = &self.record else { return };
+        let account = &self.devices_of(recipient)[0].account;
+        if let Err(error) = record.borrow_mut().note(event, due_us, self.now_us(), account) {
+            self.fail(format!("the record can't be written: {error}"));
+        }
+    }
+
+    /// Writes what is left of the record.
+    pub fn close_record(&self) -> io::Result<()> {
+        self.record.as_ref().map_or(Ok(()), |record| record.borrow_mut().flush())
     }
 
     /// When a sender's message is due in an open loop: messages of all senders are evenly spaced, in turn.
@@ -280,12 +321,12 @@ impl World {
         }
     }
 
-    /// The application of a recipient is handed an envelope's content.
-    pub fn received(&self, recipient: u64, kind: u8, content: &[u8], sender_device: u32, sender_account: &[u8]) {
+    /// The application on a receiving device is handed an envelope's content.
+    pub fn received(&self, device: u64, kind: u8, content: &[u8], sender_device: u32, sender_account: &[u8]) {
         let decrypted;
         let content = match &self.crypto {
             None => content,
-            Some(parties) => match parties.borrow_mut().decrypt(recipient as usize, sender_account, sender_device, kind, content) {
+            Some(parties) => match parties.borrow_mut().decrypt(device as usize, sender_account, sender_device, kind, content) {
                 Ok(plaintext) => {
                     decrypted = plaintext;
                     &decrypted
@@ -299,9 +340,12 @@ impl World {
             return;
         };
         let now = self.now_us();
-        if audit.receive(recipient, u64::from(stamp.sender), stamp.number) {
+        if audit.receive(device, u64::from(stamp.sender), stamp.number) {
             self.latency.borrow_mut().saturating_record(now.saturating_sub(stamp.at_us).max(1));
-            self.land(stamp.sender as usize);
+            self.note(Event::Delivered, stamp.at_us, device / self.routes.devices);
+            if audit.has_received(u64::from(stamp.sender), stamp.number) {
+                self.land(stamp.sender as usize);
+            }
         }
         if self.first_us.get() == 0 {
             self.first_us.set(now);
@@ -479,28 +523,23 @@ impl World {
     }
 
     async fn connect(&self, seat: &Seat) -> Result<(Socket, Vec<u8>), Refusal> {
-        open_stream(self.server, &self.host, self.tls.as_ref(), seat.source, &seat.credential).await
+        open_stream(&self.servers[seat.server], seat.source, &seat.credential).await
     }
 }
 
 /// Opens the WebSocket; what came behind the answer's head is returned too.
-pub(super) async fn open_stream(
-    server: SocketAddr,
-    host: &str,
-    tls: Option<&Tls>,
-    source: Option<IpAddr>,
-    credential: &str,
-) -> Result<(Socket, Vec<u8>), Refusal> {
-    let socket = if server.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+pub(super) async fn open_stream(server: &Server, source: Option<IpAddr>, credential: &str) -> Result<(Socket, Vec<u8>), Refusal> {
+    let socket = if server.address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
     if let Some(source) = source {
         socket.bind(SocketAddr::new(source, 0))?;
     }
-    let stream = socket.connect(server).await?;
+    let stream = socket.connect(server.address).await?;
     stream.set_nodelay(true)?;
-    let mut stream = Socket::over(stream, tls).await?;
+    let mut stream = Socket::over(stream, server.tls.as_ref()).await?;
     let key = base64::engine::general_purpose::STANDARD.encode(rand::rng().random::<[u8; 16]>());
     let request = format!(
-        "GET /v1/stream HTTP/1.1\r\nHost: {host}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\nAuthorization: Bearer {credential}\r\n\r\n",
+        "GET /v1/stream HTTP/1.1\r\nHost: {}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\nAuthorization: Bearer {credential}\r\n\r\n",
+        server.host
     );
     stream.write_all(request.as_bytes()).await?;
     stream.flush().await?;

@@ -20,22 +20,22 @@ pub(super) async fn run(args: IdleArgs, progress: Progress) -> anyhow::Result<Re
     super::raise_file_limit(args.devices);
     let settle = super::length(args.settle)?;
     let ca = args.common.ca()?;
-    let api = Api::new(&args.common.server, ca.as_ref())?;
+    let api = Api::new(args.common.first_server()?, ca.as_ref())?;
     api.ready().await?;
     let mut meter = Meter::new(&api, args.common.server_pid);
     meter.sample().await;
     let before = meter.resident_bytes();
     let keys = Keyset::generate()?;
     let devices = api
-        .register_many("i", args.devices, &keys, 0, |done| progress.say(|| format!("registered {done} of {} devices", args.devices)))
+        .register_many("i", args.devices, 1, &keys, 0, |done| progress.say(|| format!("registered {done} of {} devices", args.devices)))
         .await?;
     let world = World::new(Setup {
-        server: &args.common.server,
+        servers: &args.common.server,
         ca: ca.as_ref(),
         senders: &[],
         recipients: &devices,
         devices: (0..devices.len()).map(|at| Device::new(Session::new(at as u64, true, None))).collect(),
-        routes: Routes { recipients: devices.len() as u64, peers: 1 },
+        routes: Routes { recipients: devices.len() as u64, peers: 1, devices: 1 },
         window: 1,
         payload: super::wire::STAMP_BYTES,
         rate: None,
@@ -43,6 +43,7 @@ pub(super) async fn run(args: IdleArgs, progress: Progress) -> anyhow::Result<Re
         until_delivered: false,
         eager_acks: false,
         crypto: None,
+        record: None,
     })
     .await?;
     let mut tasks = Tasks(vec![spawn_local(tick(world.clone()))]);

@@ -16,6 +16,7 @@ mod idle;
 pub mod keys;
 mod meter;
 pub mod progress;
+mod record;
 pub mod report;
 mod sending;
 mod socket;
@@ -26,7 +27,7 @@ mod ws;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::bail;
+use anyhow::{Context as _, bail};
 use clap::{Args as ClapArgs, Subcommand};
 use url::Url;
 
@@ -64,9 +65,10 @@ enum Kind {
 
 #[derive(Debug, Clone, ClapArgs)]
 struct Common {
-    /// The broker's URL; it must be in development mode, since the tool registers its own devices
-    #[arg(long, env = "SEALPOST_SERVER", default_value = DEFAULT_SERVER)]
-    server: Url,
+    /// The broker's URL; it must be in development mode, since the tool registers its own devices. Repeat it (or separate by commas) for
+    /// several edges of one cluster: devices attach to them in turn
+    #[arg(long, env = "SEALPOST_SERVER", default_value = DEFAULT_SERVER, value_delimiter = ',')]
+    server: Vec<Url>,
     /// Certificates (PEM) of the authority that vouches for an https:// broker
     #[arg(long, env = "SEALPOST_CA", value_name = "FILE")]
     ca: Option<PathBuf>,
@@ -93,9 +95,12 @@ struct TrafficArgs {
     /// Sending devices
     #[arg(long, default_value_t = 64)]
     senders: usize,
-    /// Receiving devices
+    /// Receiving accounts
     #[arg(long, default_value_t = 64)]
     recipients: usize,
+    /// Devices of each receiving account; each of them gets every message, and with several servers each is on another one
+    #[arg(long, default_value_t = 1)]
+    devices: usize,
     /// Recipients that each sender writes to, in turn [default: all; 1 with --crypto]
     #[arg(long)]
     peers: Option<usize>,
@@ -123,6 +128,10 @@ struct TrafficArgs {
     /// How many seconds to wait in the end for what is in flight
     #[arg(long, default_value_t = 60.0)]
     grace: f64,
+    /// A line here for each message when it was accepted (a) and for each delivery (d): when it was due (Unix milliseconds), how many
+    /// milliseconds it took, and the recipient's account
+    #[arg(long, value_name = "FILE")]
+    record: Option<PathBuf>,
 }
 
 #[derive(Debug, Clone, ClapArgs)]
@@ -165,6 +174,11 @@ struct BundlesArgs {
 }
 
 impl Common {
+    /// Where devices are registered, and what is measured.
+    fn first_server(&self) -> anyhow::Result<&Url> {
+        self.server.first().context("no --server")
+    }
+
     fn ca(&self) -> anyhow::Result<Option<PrivateCa>> {
         Ok(self.ca.as_deref().map(PrivateCa::from_file).transpose()?)
     }
@@ -180,10 +194,11 @@ fn length(seconds: f64) -> anyhow::Result<Duration> {
 impl TrafficArgs {
     fn plan(&self) -> anyhow::Result<Plan> {
         Ok(Plan {
-            server: self.common.server.clone(),
+            servers: self.common.server.clone(),
             ca: self.common.ca()?,
             senders: self.senders,
             recipients: self.recipients,
+            devices: self.devices,
             peers: self.peers.unwrap_or(if self.crypto { 1 } else { self.recipients }),
             window: self.window,
             until_delivered: self.until == Until::Delivered,
@@ -196,6 +211,7 @@ impl TrafficArgs {
             grace: length(self.grace)?,
             server_pid: self.common.server_pid,
             stop: None,
+            record: self.record.clone(),
         })
     }
 }
@@ -272,6 +288,8 @@ mod tests {
         assert_eq!((plan.senders, plan.recipients, plan.peers, plan.window, plan.payload), (8, 4, 4, 32, 512));
         assert_eq!((plan.rate, plan.http, plan.crypto, plan.length), (Some(2_000.0), true, false, Duration::from_secs(3)));
         assert!(plan.until_delivered && !parse("load --until accepted").traffic.plan().unwrap().until_delivered);
+        let plan = parse("load --server http://127.0.0.1:9 --server http://127.0.0.1:8 --devices 2 --record x").traffic.plan().unwrap();
+        assert_eq!((plan.servers.len(), plan.devices), (2, 2));
         let plan = parse("load --crypto").traffic.plan().unwrap();
         assert_eq!((plan.senders, plan.recipients, plan.peers, plan.window, plan.payload), (64, 64, 1, 64, 1024));
         assert!(matches!(
@@ -286,9 +304,17 @@ mod tests {
 
     #[test]
     fn impossible_plans_are_refused() {
-        for line in
-            ["load --senders 0", "load --window 0", "load --payload 15", "load --payload 262144", "load --rate 0", "load --rate NaN"]
-        {
+        for line in [
+            "load --devices 0",
+            "load --devices 11",
+            "load --devices 2 --crypto",
+            "load --senders 0",
+            "load --window 0",
+            "load --payload 15",
+            "load --payload 262144",
+            "load --rate 0",
+            "load --rate NaN",
+        ] {
             assert!(parse(line).traffic.plan().unwrap().check().is_err(), "{line}");
         }
         assert!(parse("load --seconds=-1").traffic.plan().is_err());

@@ -14,7 +14,7 @@ pub struct Report {
     pub sends_by: &'static str,
     /// Sending devices.
     pub senders: u64,
-    /// Receiving devices.
+    /// Receiving accounts.
     pub recipients: u64,
     /// In flight for each sender.
     pub window: u64,
@@ -29,7 +29,7 @@ pub struct Report {
 
     /// Messages the server said are durable.
     pub accepted: u64,
-    /// Messages handed to a recipient's application.
+    /// Messages handed to a recipient's application, on each of its devices.
     pub delivered: u64,
     /// Accepted, and not received when the run was over.
     pub lost: u64,

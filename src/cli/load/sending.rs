@@ -27,7 +27,10 @@ pub enum Slot {
 /// What an answer made of a send.
 pub enum Answered {
     /// It is durable.
-    Accepted,
+    Accepted {
+        /// When it was sent first, or was due.
+        at_us: u64,
+    },
     /// For good.
     Refused,
     /// To be repeated, or known already.
@@ -144,7 +147,7 @@ impl Sending {
         }
         if code == 0 {
             self.slowest_us = self.slowest_us.max(now_us.saturating_sub(at_us));
-            return Answered::Accepted;
+            return Answered::Accepted { at_us };
         }
         *self.refused.entry(code).or_default() += 1;
         Answered::Refused

@@ -1,6 +1,7 @@
 //! A run with traffic: N senders, M recipients, closed or open loop, audited to the last message.
 
 use std::cell::RefCell;
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -27,14 +28,16 @@ use crate::client::PrivateCa;
 /// A run to make.
 #[derive(Clone)]
 pub struct Plan {
-    /// The server.
-    pub server: url::Url,
+    /// The server; several are edges of one cluster, and devices attach to them in turn.
+    pub servers: Vec<url::Url>,
     /// Who vouches for it, if it speaks TLS.
     pub ca: Option<PrivateCa>,
     /// Sending devices.
     pub senders: usize,
-    /// Receiving devices.
+    /// Receiving accounts.
     pub recipients: usize,
+    /// Devices of each of them.
+    pub devices: usize,
     /// How many recipients each sender writes to, in turn.
     pub peers: usize,
     /// In flight for each sender.
@@ -59,16 +62,19 @@ pub struct Plan {
     pub server_pid: Option<u32>,
     /// Ends the sending early once it is true.
     pub stop: Option<Arc<AtomicBool>>,
+    /// Where each acceptance and each delivery gets a line.
+    pub record: Option<PathBuf>,
 }
 
 impl Plan {
     /// What `sealpost load` does without options.
     pub fn new(server: url::Url) -> Self {
         Self {
-            server,
+            servers: vec![server],
             ca: None,
             senders: 64,
             recipients: 64,
+            devices: 1,
             peers: 64,
             window: 64,
             until_delivered: true,
@@ -81,12 +87,16 @@ impl Plan {
             grace: Duration::from_secs(60),
             server_pid: None,
             stop: None,
+            record: None,
         }
     }
 
     pub(super) fn check(&self) -> anyhow::Result<()> {
         if self.senders == 0 || self.recipients == 0 || self.window == 0 {
             bail!("at least one sender, one recipient and one message in flight");
+        }
+        if !(1..=crate::limits::DEVICES_PER_ACCOUNT).contains(&self.devices) || (self.crypto && self.devices > 1) {
+            bail!("an account has 1 to {} devices, and one with --crypto", crate::limits::DEVICES_PER_ACCOUNT);
         }
         if !(STAMP_BYTES..=crate::limits::ENVELOPE_BYTES - 1_024).contains(&self.payload) {
             bail!("a payload has {STAMP_BYTES} to {} bytes", crate::limits::ENVELOPE_BYTES - 1_024);
@@ -98,7 +108,7 @@ impl Plan {
     }
 
     pub(super) fn routes(&self) -> Routes {
-        Routes { recipients: self.recipients as u64, peers: self.peers.clamp(1, self.recipients) as u64 }
+        Routes { recipients: self.recipients as u64, peers: self.peers.clamp(1, self.recipients) as u64, devices: self.devices as u64 }
     }
 
     /// What each sender may send at most.
@@ -119,18 +129,19 @@ pub(super) struct Stage {
 
 pub(super) async fn stage(plan: &Plan, eager_acks: bool, progress: &Progress) -> anyhow::Result<Stage> {
     plan.check()?;
-    super::raise_file_limit(plan.senders * if plan.http { plan.window } else { 1 } + plan.recipients);
-    let api = Api::new(&plan.server, plan.ca.as_ref())?;
+    let receiving = plan.recipients * plan.devices;
+    super::raise_file_limit(plan.senders * if plan.http { plan.window } else { 1 } + receiving);
+    let api = Api::new(plan.servers.first().context("no server")?, plan.ca.as_ref())?;
     api.ready().await?;
     let mut meter = Meter::new(&api, plan.server_pid);
     meter.sample().await;
     let rss_before = meter.resident_bytes();
     let keys = Keyset::generate()?;
-    let all = plan.senders + plan.recipients;
+    let all = plan.senders + receiving;
     let senders =
-        api.register_many("s", plan.senders, &keys, 0, |done| progress.say(|| format!("registered {done} of {all} devices"))).await?;
+        api.register_many("s", plan.senders, 1, &keys, 0, |done| progress.say(|| format!("registered {done} of {all} devices"))).await?;
     let recipients = api
-        .register_many("r", plan.recipients, &keys, 0, |done| {
+        .register_many("r", plan.recipients, plan.devices, &keys, 0, |done| {
             progress.say(|| format!("registered {} of {all} devices", plan.senders + done))
         })
         .await?;
@@ -142,9 +153,9 @@ pub(super) async fn stage(plan: &Plan, eager_acks: bool, progress: &Progress) ->
         false => None,
     };
     let sending = (0..plan.senders).map(|at| Device::new(Session::new(at as u64, false, Some(Sending::new(plan.quota(at))))));
-    let receiving = (0..plan.recipients).map(|at| Device::new(Session::new(at as u64, true, None)));
+    let receiving = (0..receiving).map(|at| Device::new(Session::new(at as u64, true, None)));
     let world = World::new(Setup {
-        server: &plan.server,
+        servers: &plan.servers,
         ca: plan.ca.as_ref(),
         senders: &senders,
         recipients: &recipients,
@@ -157,6 +168,7 @@ pub(super) async fn stage(plan: &Plan, eager_acks: bool, progress: &Progress) ->
         until_delivered: plan.until_delivered,
         eager_acks,
         crypto,
+        record: plan.record.as_deref(),
     })
     .await?;
     Ok(Stage { world, api, meter, rss_before, senders })
@@ -228,9 +240,9 @@ async fn lanes(world: Rc<World>, api: Api, sender: Registered, at: usize) {
             let _ = tokio::time::timeout(Duration::from_millis(20), world.room[at].notified()).await;
             continue;
         };
-        let target = world.target(at as u64, number);
-        let body = api::send_body(target, world.routes.message_id(number), kind, &content);
-        let path = format!("/v1/accounts/{}/messages", crate::ids::AccountId::from_bytes(target.account));
+        let targets = world.targets(at as u64, number);
+        let body = api::send_body(targets, world.routes.message_id(number), kind, &content);
+        let path = format!("/v1/accounts/{}/messages", crate::ids::AccountId::from_bytes(targets[0].account));
         let (world, api, credential) = (world.clone(), api.clone(), sender.credential.clone());
         spawn_local(async move {
             let code = post(&api, &path, &credential, &body).await;
@@ -318,6 +330,7 @@ pub async fn run(plan: Plan, progress: Progress) -> anyhow::Result<Report> {
     let cpu_after = meter.cpu_seconds();
     world.end();
     drain(&plan, &world, &progress).await?;
+    world.close_record()?;
 
     let mut report = summary(&plan, &world);
     let by_message =
@@ -434,7 +447,7 @@ pub(super) fn summary(plan: &Plan, world: &World) -> Report {
         gaps: counters.gaps.get(),
         receipts: counters.receipts.get(),
         reconnects: counters.reconnects.get(),
-        devices: (plan.senders + plan.recipients) as u64,
+        devices: (plan.senders + plan.recipients * plan.devices) as u64,
         lost_examples: audit.missing_examples(5),
         ..Report::default()
     };

@@ -67,19 +67,22 @@ const fn tag(field: u8, wire: u8) -> u8 {
 const VARINT: u8 = 0;
 const LEN: u8 = 2;
 
-/// Appends one `Send` to a `ClientBatch`; the content comes in two parts.
-pub fn put_send(out: &mut Vec<u8>, target: &Target, request: u64, id: u64, kind: u8, head: &[u8], tail: &[u8]) {
+/// Appends one `Send` to a `ClientBatch`, for devices of one account; the content comes in two parts.
+pub fn put_send(out: &mut Vec<u8>, targets: &[Target], request: u64, id: u64, kind: u8, head: &[u8], tail: &[u8]) {
+    let Some(account) = targets.first().map(|target| target.account) else { return };
     let content = head.len() + tail.len();
-    let envelope = 1
-        + varint_len(u64::from(target.device))
-        + 1
-        + varint_len(u64::from(target.registration))
-        + 1
-        + varint_len(u64::from(kind))
-        + 1
-        + varint_len(content as u64)
-        + content;
-    let send = 1 + varint_len(request) + 2 + 16 + 1 + varint_len(id) + 1 + varint_len(envelope as u64) + envelope;
+    let envelope = |target: &Target| {
+        1 + varint_len(u64::from(target.device))
+            + 1
+            + varint_len(u64::from(target.registration))
+            + 1
+            + varint_len(u64::from(kind))
+            + 1
+            + varint_len(content as u64)
+            + content
+    };
+    let envelopes: usize = targets.iter().map(envelope).map(|len| 1 + varint_len(len as u64) + len).sum();
+    let send = 1 + varint_len(request) + 2 + 16 + 1 + varint_len(id) + envelopes;
     let frame = 1 + varint_len(send as u64) + send;
     out.reserve(1 + varint_len(frame as u64) + frame);
 
@@ -95,15 +98,17 @@ pub fn put_send(out: &mut Vec<u8>, target: &Target, request: u64, id: u64, kind:
     length(out, 1, send);
     number(out, 1, request);
     length(out, 2, 16);
-    out.extend_from_slice(&target.account);
+    out.extend_from_slice(&account);
     number(out, 3, id);
-    length(out, 6, envelope);
-    number(out, 1, u64::from(target.device));
-    number(out, 2, u64::from(target.registration));
-    number(out, 3, u64::from(kind));
-    length(out, 4, content);
-    out.extend_from_slice(head);
-    out.extend_from_slice(tail);
+    for target in targets {
+        length(out, 6, envelope(target));
+        number(out, 1, u64::from(target.device));
+        number(out, 2, u64::from(target.registration));
+        number(out, 3, u64::from(kind));
+        length(out, 4, content);
+        out.extend_from_slice(head);
+        out.extend_from_slice(tail);
+    }
 }
 
 /// Appends one `Ack` to a `ClientBatch`.
@@ -429,24 +434,24 @@ mod tests {
     proptest! {
         #[test]
         fn sends_and_acks_are_what_the_schema_says(
-            account in any::<[u8; 16]>(), device in 1u32..128, registration in 1u32..16_381,
+            account in any::<[u8; 16]>(), device in 1u32..128, registration in 1u32..16_381, devices in 1u32..4,
             request in 1u64.., id in 1u64.., seq in 1u64.., payload in prop::collection::vec(any::<u8>(), 1..2_000)
         ) {
-            let target = Target { account, device, registration };
+            let targets: Vec<_> = (0..devices).map(|nth| Target { account, device: device + nth, registration }).collect();
             let mut out = Vec::new();
             let cut = payload.len().min(16);
-            put_send(&mut out, &target, request, id, 2, &payload[..cut], &payload[cut..]);
+            put_send(&mut out, &targets, request, id, 2, &payload[..cut], &payload[cut..]);
             put_ack(&mut out, seq);
             let send = stream::Send {
                 request_id: request,
                 recipient: Bytes::copy_from_slice(&account),
                 client_message_id: id,
-                envelopes: vec![stream::OutgoingEnvelope {
-                    device_id: device,
+                envelopes: targets.iter().map(|target| stream::OutgoingEnvelope {
+                    device_id: target.device,
                     registration_id: registration,
                     r#type: stream::EnvelopeType::Whisper as i32,
-                    content: payload.into(),
-                }],
+                    content: payload.clone().into(),
+                }).collect(),
                 ..Default::default()
             };
             let frames = vec![

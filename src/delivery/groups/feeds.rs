@@ -344,8 +344,12 @@ impl GroupService {
         let Some(feed) = shard.get_mut(&group).filter(|feed| feed.attempt == attempt) else { return };
         match known {
             Ok(known) => {
+                // What was pushed since the store was asked is newer.
                 if known.head.head >= feed.seq {
-                    (feed.seq, feed.epoch, feed.roster) = (known.head.head, known.head.epoch, known.roster);
+                    (feed.seq, feed.epoch) = (known.head.head, known.head.epoch);
+                }
+                if known.roster.epoch >= feed.roster.epoch {
+                    feed.roster = known.roster;
                 }
                 feed.live = true;
                 let (at, roster) = (feed.at(), Arc::clone(&feed.roster));

@@ -90,10 +90,13 @@ impl ConsumerContext for Context {
             _ => Wish::Revoke { partitions, lost: consumer.assignment_lost() },
         };
         if self.leaving.load(Ordering::Relaxed) {
-            if let Wish::Revoke { .. } = wish
-                && let Err(error) = consumer.incremental_unassign(list)
-            {
-                tracing::debug!(%error, "giving partitions back");
+            // Each is answered, or the driver waits for it, stays in the group and keeps what it has from everybody else.
+            let answered = match wish {
+                Wish::Revoke { .. } => consumer.incremental_unassign(list),
+                Wish::Assign(_) => consumer.incremental_assign(&TopicPartitionList::new()),
+            };
+            if let Err(error) = answered {
+                tracing::debug!(%error, "leaving a group");
             }
             return;
         }

@@ -12,11 +12,13 @@ use crate::ids::Partition;
 use crate::limits;
 use crate::log::kafka::KafkaLog;
 use crate::log::{EventLog, Follow, Topic, TopicPartition};
+use crate::projector::groups::worker::Worker as GroupWorker;
 use crate::projector::shadow::{NoEdge, ShadowLog};
 use crate::projector::worker::{Pace, Parts, Progress, Worker, WorkerError};
 use crate::server::ServerError;
 use crate::server::cluster::{beside, cql_options, kafka_options};
 use crate::server::rebuild::compare::{Comparison, compare};
+use crate::server::rebuild::group_parts;
 use crate::store::DeliveryStore as _;
 use crate::store::cql::{CqlStore, migrate_like};
 
@@ -80,15 +82,18 @@ impl Fresh {
             log: Arc::new(shadow),
             delivery: store.clone(),
             directory: store.clone(),
+            groups: store.clone(),
             keys: store.clone(),
             bus: Arc::new(NoEdge),
             clock: Arc::new(SystemClock),
         };
         // No poll looks for its items, so they are written when the window ends, if they are still pending then.
         let window = Duration::from_millis(limits::WINDOW_MS);
+        let (groups, _) = GroupWorker::new(group_parts(&parts, config)?);
         let (worker, progress) = Worker::new(parts, Pace { soon: window, ..Pace::default() });
         let (stop, stopped) = watch::channel(false);
-        let working = tokio::spawn(worker.shadow().run(stopped));
+        let working =
+            tokio::spawn(async move { tokio::try_join!(worker.shadow().run(stopped.clone()), groups.shadow().run(stopped)).map(drop) });
         Ok(Self { log, live, store, progress, stop, working })
     }
 

@@ -6,16 +6,18 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::clock::SystemClock;
+use crate::clock::{SystemClock, SystemRandom};
 use crate::config::Config;
 use crate::ids::{Offset, Partition};
-use crate::log::{EventLog, Topic, TopicPartition};
+use crate::log::{EventLog, PartitionCounts, Topic, TopicPartition};
+use crate::projector::groups::worker::{Parts as GroupParts, Worker as GroupWorker};
 use crate::projector::shadow::NoEdge;
 use crate::projector::worker::{Pace, Parts as WorkerParts, Positions, Worker};
 use crate::server::ServerError;
 use crate::server::embedded::{Opened, open};
-use crate::server::metadata;
+use crate::server::{groups, metadata};
 use crate::store::embedded::{EmbeddedStore, Options as StoreOptions};
+use crate::store::groups::GroupStore as _;
 
 #[cfg(feature = "cluster")]
 mod compare;
@@ -60,37 +62,60 @@ pub async fn rebuild(config: &Config, on_progress: impl Fn(u64)) -> Result<Rebui
         log: Arc::clone(&log),
         delivery: store.clone(),
         directory: store.clone(),
+        groups: store.clone(),
         keys: store.clone(),
         bus: Arc::new(NoEdge),
         clock: Arc::new(SystemClock),
     };
+    let group_parts = group_parts(&parts, config)?;
+    let of_groups = quiet.iter().filter(|(tp, _)| tp.topic == Topic::Groups).map(|(tp, before)| (tp.partition, *before)).collect();
     let (worker, _) = Worker::new(parts, Pace::default());
     let worker = worker.recording(metadata::keys(config)?.as_ref());
     let records = worker.quiet_before(quiet).catch_up(on_progress).await?;
+    let (worker, _) = GroupWorker::new(group_parts);
+    let records = records + worker.quiet_before(of_groups).catch_up().await?;
     log.close().await;
     Ok(Rebuilt { records, elapsed: started.elapsed() })
 }
 
+/// What the projector of groups works with, beside the other one.
+pub(super) fn group_parts(parts: &WorkerParts, config: &Config) -> Result<GroupParts, ServerError> {
+    Ok(GroupParts {
+        log: Arc::clone(&parts.log),
+        groups: Arc::clone(&parts.groups),
+        keys: Arc::clone(&parts.keys),
+        bus: Arc::clone(&parts.bus),
+        clock: Arc::clone(&parts.clock),
+        random: Arc::new(SystemRandom),
+        key: groups::key(config)?,
+    })
+}
+
 fn partitions(config: &Config) -> impl Iterator<Item = TopicPartition> {
     let of = |topic, count| (0..count).map(move |number| TopicPartition { topic, partition: Partition(number) });
-    of(Topic::Inbox, config.partitions.inbox).chain(of(Topic::Directory, config.partitions.directory))
+    let groups = PartitionCounts::default().groups;
+    of(Topic::Inbox, config.partitions.inbox).chain(of(Topic::Directory, config.partitions.directory)).chain(of(Topic::Groups, groups))
 }
 
 /// Up to where the present view was applied; `None` if it can't be read.
 async fn applied_positions(config: &Config) -> Option<HashMap<TopicPartition, Offset>> {
     let dir = config.data.join("store");
     let store = tokio::task::spawn_blocking(move || EmbeddedStore::open(&dir, StoreOptions::default())).await.ok()?.ok()?;
-    let view = Positions { delivery: store.clone(), directory: store };
+    let view = Positions { delivery: store.clone(), directory: store.clone() };
     let mut positions = HashMap::new();
     for tp in partitions(config) {
-        positions.insert(tp, view.of(tp).await.ok()?);
+        let position = match tp.topic {
+            Topic::Groups => store.group_position(tp.partition).await,
+            _ => view.of(tp).await,
+        };
+        positions.insert(tp, position.ok()?);
     }
     Some(positions)
 }
 
 async fn ends(log: &dyn EventLog) -> Result<HashMap<TopicPartition, Offset>, ServerError> {
     let mut ends = HashMap::new();
-    for topic in [Topic::Inbox, Topic::Directory] {
+    for topic in [Topic::Inbox, Topic::Directory, Topic::Groups] {
         for number in 0..log.partitions(topic) {
             let tp = TopicPartition { topic, partition: Partition(number) };
             let (_, end) = log.bounds(tp).await.map_err(|error| ServerError(error.to_string()))?;

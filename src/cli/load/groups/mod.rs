@@ -195,7 +195,7 @@ struct Made {
 
 async fn make(api: &Api, args: &GroupsArgs, name: &str, keys: &Keyset, progress: &Progress) -> anyhow::Result<Made> {
     let say = |done| progress.say(|| format!("group {name}: {done} of {} members registered", args.members));
-    let registered = api.register_many(&format!("g{name}-"), args.members, keys, 0, say).await?;
+    let registered = api.register_many(&format!("g{name}-"), args.members, 1, keys, 0, say).await?;
     let mut members = registered.iter().map(|one| address(one).map(Member::new)).collect::<anyhow::Result<Vec<Member>>>()?;
     let mut packages = Vec::with_capacity(members.len());
     for member in &mut members[1..] {
@@ -342,7 +342,7 @@ pub(super) async fn run(args: GroupsArgs, progress: Progress) -> anyhow::Result<
     let online = args.online.unwrap_or(args.members);
     super::raise_file_limit(args.groups * online);
     let ca = args.common.ca()?;
-    let api = Api::new(&args.common.server, ca.as_ref())?;
+    let api = Api::new(args.common.first_server()?, ca.as_ref())?;
     api.ready().await?;
     let mut meter = Meter::new(&api, args.common.server_pid);
     meter.sample().await;
@@ -368,8 +368,11 @@ pub(super) async fn run(args: GroupsArgs, progress: Progress) -> anyhow::Result<
         let mut readers = made.readers.into_iter();
         seats.extend(made.registered.into_iter().take(online).map(|one| (one, at, made.seq, readers.next())));
     }
-    let server = super::engine::resolve(&args.common.server, ca.as_ref()).await?;
-    let hall = Hall::new(Setup { api: api.clone(), server, groups, seats, payload: args.payload, opaque: args.opaque })?;
+    let mut servers = Vec::with_capacity(args.common.server.len());
+    for server in &args.common.server {
+        servers.push(super::engine::resolve(server, ca.as_ref()).await?);
+    }
+    let hall = Hall::new(Setup { api: api.clone(), servers, groups, seats, payload: args.payload, opaque: args.opaque })?;
     let mut tasks = Tasks(Vec::new());
     for at in 0..hall.seats.len() {
         tasks.0.push(spawn_local(hall.clone().drive(at)));

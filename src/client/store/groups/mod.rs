@@ -194,7 +194,7 @@ impl Db {
         let mut select = self.connection.prepare_cached("SELECT due_ms IS NOT NULL AND due_ms <= ?2 FROM groups WHERE id = ?1")?;
         let due: bool = select.query_row(params![id, sql::int(self.now().0)], |row| row.get(0))?;
         // Leaving is asked for in the person's name, again in each epoch that did not do it.
-        let asked = self.in_group(id, |group, _| Ok(group.is_leaving()))??;
+        let asked = if row.leaving { self.in_group(id, |group, _| Ok(group.is_leaving()))?? } else { false };
         Ok(match (row.leaving && !asked, due) {
             (true, _) => Some(Task::Leave),
             (false, true) => Some(Task::Tidy),
