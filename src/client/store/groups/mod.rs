@@ -212,9 +212,10 @@ impl Db {
         Ok(())
     }
 
-    /// Nothing waits to be committed any more.
-    pub(in crate::client) fn group_tidied(&self, id: GroupId) -> Result<(), Error> {
-        self.connection.execute("UPDATE groups SET due_ms = NULL, own_devices = 0 WHERE id = ?1", [id])?;
+    /// Nothing waits to be committed any more; or, with `later`, nothing that can be now.
+    pub(in crate::client) fn group_tidied(&self, id: GroupId, later: bool) -> Result<(), Error> {
+        let due = later.then(|| sql::int(self.now().plus(LATER_MS).0));
+        self.connection.execute("UPDATE groups SET due_ms = ?2, own_devices = ?3 WHERE id = ?1", params![id, due, later])?;
         Ok(())
     }
 
@@ -330,6 +331,8 @@ impl Db {
 
 /// How long one device leaves it to those with lower numbers to bring a new one of the account into its groups.
 const OWN_DEVICES_MS: u64 = 2_000;
+/// When a new device of one's own is looked at again that has published no KeyPackages yet.
+const LATER_MS: u64 = 10 * 60_000;
 
 fn devices_of(roster: &Roster, account: AccountId) -> Vec<DeviceId> {
     let mut devices: Vec<DeviceId> = roster.leaves.values().filter(|leaf| leaf.account == account).map(|leaf| leaf.device).collect();

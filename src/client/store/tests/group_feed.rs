@@ -208,7 +208,7 @@ impl Group {
                 let (_, gone) = self.db(at).own_devices_in(id).expect("read");
                 let intent = Intent { remove_devices: gone, ..Intent::default() };
                 if !self.db(at).prepare_change(id, &intent).expect("prepared") {
-                    self.db(at).group_tidied(id).expect("noted");
+                    self.db(at).group_tidied(id, false).expect("noted");
                 }
             }
         }
