@@ -155,6 +155,7 @@ impl Db {
 
     /// Groups that this device has something to do in now.
     pub(in crate::client) fn groups_with_tasks(&self) -> Result<Vec<GroupId>, Error> {
+        self.send_unplaced()?;
         let mut select = self.connection.prepare_cached(
             "SELECT id FROM groups WHERE state = 2 OR state = 1 AND (head > cursor OR due_ms <= ?1 OR leaving = 1)
              UNION SELECT mls_group FROM group_pending UNION SELECT mls_group FROM group_invitations",
