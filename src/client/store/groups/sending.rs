@@ -263,7 +263,8 @@ impl Db {
 
     /// Nothing can be sent to the group any more.
     pub(super) fn fail_group_messages(&self, group: GroupId) -> Result<(), Error> {
-        let mut select = self.connection.prepare_cached("SELECT id FROM group_outgoing WHERE mls_group = ?1 AND accepted_ms IS NULL ORDER BY id")?;
+        let mut select =
+            self.connection.prepare_cached("SELECT id FROM group_outgoing WHERE mls_group = ?1 AND accepted_ms IS NULL ORDER BY id")?;
         let rows: Vec<i64> = select.query_map([group], |row| row.get(0))?.collect::<rusqlite::Result<_>>()?;
         rows.into_iter().try_for_each(|row| self.fail_group_message(row, Failure::NotMember))
     }
