@@ -74,7 +74,8 @@ pub struct Seat {
 
 /// One server that devices connect to.
 pub(super) struct Server {
-    pub(super) address: SocketAddr,
+    /// Where it listens.
+    pub address: SocketAddr,
     host: String,
     tls: Option<Tls>,
 }
@@ -528,17 +529,17 @@ impl World {
 
 /// Opens the WebSocket; what came behind the answer's head is returned too.
 pub(super) async fn open_stream(server: &Server, source: Option<IpAddr>, credential: &str) -> Result<(Socket, Vec<u8>), Refusal> {
-    let Server { address, host, tls } = server;
-    let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+    let socket = if server.address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
     if let Some(source) = source {
         socket.bind(SocketAddr::new(source, 0))?;
     }
-    let stream = socket.connect(*address).await?;
+    let stream = socket.connect(server.address).await?;
     stream.set_nodelay(true)?;
-    let mut stream = Socket::over(stream, tls.as_ref()).await?;
+    let mut stream = Socket::over(stream, server.tls.as_ref()).await?;
     let key = base64::engine::general_purpose::STANDARD.encode(rand::rng().random::<[u8; 16]>());
     let request = format!(
-        "GET /v1/stream HTTP/1.1\r\nHost: {host}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\nAuthorization: Bearer {credential}\r\n\r\n",
+        "GET /v1/stream HTTP/1.1\r\nHost: {}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\nAuthorization: Bearer {credential}\r\n\r\n",
+        server.host
     );
     stream.write_all(request.as_bytes()).await?;
     stream.flush().await?;

@@ -301,6 +301,7 @@ impl Inner {
             let (add, _) = self.packages(&[own]).await?;
             intent.add = add.into_iter().filter(|(device, _)| missing.contains(&device.device)).collect();
         }
+        let later = intent.add.len() < missing.len();
         // Here, not by `change`: it settles first, and this is part of settling.
         let job = intent.clone();
         if self.store.run(move |db| db.prepare_change(group, &job)).await? {
@@ -310,7 +311,7 @@ impl Inner {
                 Verdict::Conflict | Verdict::Unknown => return Ok(()),
             }
         }
-        Ok(self.store.run(move |db| db.group_tidied(group)).await?)
+        Ok(self.store.run(move |db| db.group_tidied(group, later)).await?)
     }
 
     /// Keeps enough KeyPackages on the server, and none that is old.

@@ -410,7 +410,7 @@ fn read_message(row: &Row<'_>, own: AccountId) -> rusqlite::Result<Message> {
         failure: failure.and_then(|json| serde_json::from_str(&json).ok()),
         reactions: Vec::new(),
         expires_ms: row.get::<_, Option<i64>>(11)?.map(sql::uint),
-        group_seq: row.get::<_, Option<i64>>(13)?.filter(|seq| *seq > 0).map(sql::uint),
+        group_seq: row.get::<_, Option<i64>>(13)?.map(sql::uint),
     })
 }
 

@@ -99,15 +99,15 @@ CREATE TABLE group_pending (
     mls_group BLOB PRIMARY KEY, kind INTEGER NOT NULL, epoch INTEGER NOT NULL, message BLOB NOT NULL, welcome BLOB, group_info BLOB,
     verdict INTEGER NOT NULL DEFAULT 0
 ) WITHOUT ROWID;
--- Messages to groups that were not accepted yet. ciphertext: made right before it is sent, then sent again as it is until it is answered.
+-- Messages to groups that this device has not met there yet. ciphertext: made right before it is sent, then sent again as it is until it is
+-- answered. accepted_ms: when it was; accepted_cursor: how far the group was then.
 CREATE TABLE group_outgoing (
     id INTEGER PRIMARY KEY AUTOINCREMENT, mls_group BLOB NOT NULL, client_message_id INTEGER NOT NULL, content BLOB NOT NULL,
     message_id BLOB, tick INTEGER NOT NULL, epoch INTEGER NOT NULL DEFAULT 0, ciphertext BLOB, attempts INTEGER NOT NULL DEFAULT 0,
-    not_before_ms INTEGER NOT NULL DEFAULT 0, UNIQUE (mls_group, client_message_id)
+    not_before_ms INTEGER NOT NULL DEFAULT 0, accepted_ms INTEGER, accepted_cursor INTEGER, UNIQUE (mls_group, client_message_id)
 );
 -- Up to where members say that they have read.
 CREATE TABLE group_reads (mls_group BLOB, account BLOB, seq INTEGER NOT NULL, PRIMARY KEY (mls_group, account)) WITHOUT ROWID;
--- Its position in the group. Negative: accepted under this client message id, its position is not known yet.
 ALTER TABLE messages ADD COLUMN group_seq INTEGER;
 ";
 

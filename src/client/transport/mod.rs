@@ -18,8 +18,8 @@ pub(super) use stream::{ConnectError, Incoming, Outgoing, decode, message};
 const REQUEST: Duration = Duration::from_secs(30);
 /// TCP and TLS handshake.
 const CONNECT: Duration = Duration::from_secs(10);
-/// The largest answer: key bundles of ten devices, or a page of devices, are far below.
-const ANSWER_BYTES: usize = 4 * 1024 * 1024;
+/// The largest answer: KeyPackages of 1,500 accounts with ten devices each.
+const ANSWER_BYTES: usize = 16 * 1024 * 1024;
 
 /// A server's address is not one that can be used. Retrying never helps.
 #[derive(Debug, Clone, thiserror::Error)]

@@ -14,7 +14,7 @@ use tokio::io::{AsyncRead as _, AsyncWrite as _, ReadBuf};
 
 use super::member::{Member, opaque_head};
 use crate::cli::load::api::{Api, Registered};
-use crate::cli::load::engine::{Refusal, Server, open_stream};
+use crate::cli::load::engine::{Refusal, Server, open_stream, source_address};
 use crate::cli::load::socket::Socket;
 use crate::cli::load::wire::{self, Item, Malformed, STAMP_BYTES, Seen, Stamp};
 use crate::cli::load::ws::{Decoder, Incoming, Outbox};
@@ -108,7 +108,7 @@ pub struct Hall {
     pub op_seen: RefCell<Histogram<u64>>,
     pub failure: RefCell<Option<String>>,
     api: Api,
-    server: Server,
+    servers: Vec<Server>,
     template: Vec<u8>,
     opaque: bool,
     started: Instant,
@@ -118,7 +118,8 @@ pub struct Hall {
 /// What a hall is made from.
 pub struct Setup {
     pub api: Api,
-    pub server: Server,
+    /// Devices attach to them in turn.
+    pub servers: Vec<Server>,
     pub groups: Vec<(GroupId, u64)>,
     /// Who sits there: credential, group, position to begin behind, keys.
     pub seats: Vec<(Registered, usize, u64, Option<Member>)>,
@@ -128,14 +129,14 @@ pub struct Setup {
 
 impl Hall {
     pub fn new(setup: Setup) -> anyhow::Result<Rc<Self>> {
-        let server = setup.server.address;
+        let servers = setup.servers;
         let mut template = vec![0; setup.payload.saturating_sub(STAMP_BYTES)];
         rand::Rng::fill(&mut rand::rng(), &mut template[..]);
         let seat = |(at, (registered, group, cursor, member)): (usize, (Registered, usize, u64, Option<Member>))| Seat {
             registered,
             group,
             member: member.map(RefCell::new),
-            source: crate::cli::load::engine::source_address(server, at),
+            source: source_address(servers[at % servers.len()].address, at),
             sampled: at % SAMPLED == 0,
             feed: RefCell::new(Feed {
                 decoder: Decoder::default(),
@@ -153,15 +154,16 @@ impl Hall {
             waker: RefCell::default(),
         };
         let room = |(id, epoch)| Room { id, epoch: Cell::new(epoch), sent_at: RefCell::default(), commits: RefCell::default() };
+        let seats = setup.seats.into_iter().enumerate().map(seat).collect();
         Ok(Rc::new(Self {
-            seats: setup.seats.into_iter().enumerate().map(seat).collect(),
+            seats,
             rooms: setup.groups.into_iter().map(room).collect(),
             counters: Counters::default(),
             latency: RefCell::new(Histogram::new_with_bounds(1, 600_000_000, 3)?),
             op_seen: RefCell::new(Histogram::new_with_bounds(1, 600_000_000, 3)?),
             failure: RefCell::default(),
             api: setup.api,
-            server: setup.server,
+            servers,
             template,
             opaque: setup.opaque,
             started: Instant::now(),
@@ -273,7 +275,7 @@ impl Hall {
         let seat = &self.seats[at];
         let mut before = false;
         loop {
-            let opened = open_stream(&self.server, seat.source, &seat.registered.credential).await;
+            let opened = open_stream(&self.servers[at % self.servers.len()], seat.source, &seat.registered.credential).await;
             match opened {
                 Ok((socket, early)) => {
                     add(&self.counters.reconnects, u64::from(before));

@@ -9,7 +9,6 @@ use crate::ids::{DeviceAddr, GroupId};
 
 /// A device with its keys. Its group stays open, so that a message does not cost reading the whole tree.
 pub struct Member {
-    pub address: DeviceAddr,
     state: MemoryState,
     group: Option<Group>,
 }
@@ -18,7 +17,7 @@ impl Member {
     pub fn new(address: DeviceAddr) -> Self {
         let mut state = MemoryState::default();
         state.commit([(StateKey::OwnAddress, Some(encode_address(address).into()))].into());
-        Self { address, state, group: None }
+        Self { state, group: None }
     }
 
     fn run<T>(&mut self, work: impl FnOnce(&Engine<'_, '_>, Option<Group>) -> Result<(T, Option<Group>), Error>) -> Result<T, Error> {

@@ -368,8 +368,11 @@ pub(super) async fn run(args: GroupsArgs, progress: Progress) -> anyhow::Result<
         let mut readers = made.readers.into_iter();
         seats.extend(made.registered.into_iter().take(online).map(|one| (one, at, made.seq, readers.next())));
     }
-    let server = super::engine::resolve(args.common.first_server()?, ca.as_ref()).await?;
-    let hall = Hall::new(Setup { api: api.clone(), server, groups, seats, payload: args.payload, opaque: args.opaque })?;
+    let mut servers = Vec::with_capacity(args.common.server.len());
+    for server in &args.common.server {
+        servers.push(super::engine::resolve(server, ca.as_ref()).await?);
+    }
+    let hall = Hall::new(Setup { api: api.clone(), servers, groups, seats, payload: args.payload, opaque: args.opaque })?;
     let mut tasks = Tasks(Vec::new());
     for at in 0..hall.seats.len() {
         tasks.0.push(spawn_local(hall.clone().drive(at)));

@@ -108,11 +108,6 @@ pub struct Committed {
     pub before: rules::Roster,
 }
 
-/// The server as a group knows it: by the public key with which it proposes to remove deleted accounts.
-pub fn server_sender(key: &[u8]) -> openmls::prelude::ExternalSender {
-    openmls::prelude::ExternalSender::new(key.into(), openmls::prelude::BasicCredential::new(b"server".to_vec()).into())
-}
-
 /// What a device needs to read a group's name, where it has the key.
 fn name_of(
     profile: &profile::Profile,

@@ -10,6 +10,7 @@ use crate::client::store::state::{self, SqlState};
 use crate::client::store::{Db, Error, sql};
 use crate::client::types::{ConversationId, Event};
 use crate::ids::{AccountId, DeviceAddr, GroupId, Seq};
+use crate::mls::sender::external_sender;
 
 const NEW_GROUP: i64 = 0;
 const COMMIT: i64 = 1;
@@ -82,7 +83,7 @@ impl Db {
         let mut bytes = [0; 16];
         self.random.fill(&mut bytes);
         let (id, now) = (GroupId::from_bytes(bytes), self.now());
-        let created = self.with_engine(|engine| Ok(engine.create(id, name, server.map(groups::server_sender), now)?.1))??;
+        let created = self.with_engine(|engine| Ok(engine.create(id, name, server.map(external_sender), now)?.1))??;
         let mut insert = self.connection.prepare_cached("INSERT INTO groups (id, state, cursor, head) VALUES (?1, ?2, 0, 0)")?;
         insert.execute(params![id, CREATING])?;
         self.keep_pending(id, NEW_GROUP, 0, &created.tree, None, Some(&created.group_info))?;

@@ -134,7 +134,8 @@ impl Db {
                 }
             },
             Ok(_) => Ok(()),
-            Err(groups::Error::Missed { .. }) => self.set_group_state(id, LOST),
+            // A commit was missed, or the keys are not there.
+            Err(groups::Error::Missed { .. } | groups::Error::NotMember) => self.set_group_state(id, LOST),
             Err(error) => {
                 tracing::warn!(%error, "a message of a group can't be decrypted");
                 let Some(from) = sender else { return Ok(()) };

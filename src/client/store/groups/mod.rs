@@ -155,6 +155,7 @@ impl Db {
 
     /// Groups that this device has something to do in now.
     pub(in crate::client) fn groups_with_tasks(&self) -> Result<Vec<GroupId>, Error> {
+        self.send_unplaced()?;
         let mut select = self.connection.prepare_cached(
             "SELECT id FROM groups WHERE state = 2 OR state = 1 AND (head > cursor OR due_ms <= ?1 OR leaving = 1)
              UNION SELECT mls_group FROM group_pending UNION SELECT mls_group FROM group_invitations",
@@ -194,7 +195,7 @@ impl Db {
         let mut select = self.connection.prepare_cached("SELECT due_ms IS NOT NULL AND due_ms <= ?2 FROM groups WHERE id = ?1")?;
         let due: bool = select.query_row(params![id, sql::int(self.now().0)], |row| row.get(0))?;
         // Leaving is asked for in the person's name, again in each epoch that did not do it.
-        let asked = self.in_group(id, |group, _| Ok(group.is_leaving()))??;
+        let asked = if row.leaving { self.in_group(id, |group, _| Ok(group.is_leaving()))?? } else { false };
         Ok(match (row.leaving && !asked, due) {
             (true, _) => Some(Task::Leave),
             (false, true) => Some(Task::Tidy),
@@ -212,9 +213,10 @@ impl Db {
         Ok(())
     }
 
-    /// Nothing waits to be committed any more.
-    pub(in crate::client) fn group_tidied(&self, id: GroupId) -> Result<(), Error> {
-        self.connection.execute("UPDATE groups SET due_ms = NULL, own_devices = 0 WHERE id = ?1", [id])?;
+    /// Nothing waits to be committed any more; or, with `later`, nothing that can be now.
+    pub(in crate::client) fn group_tidied(&self, id: GroupId, later: bool) -> Result<(), Error> {
+        let due = later.then(|| sql::int(self.now().plus(LATER_MS).0));
+        self.connection.execute("UPDATE groups SET due_ms = ?2, own_devices = ?3 WHERE id = ?1", params![id, due, later])?;
         Ok(())
     }
 
@@ -330,6 +332,8 @@ impl Db {
 
 /// How long one device leaves it to those with lower numbers to bring a new one of the account into its groups.
 const OWN_DEVICES_MS: u64 = 2_000;
+/// When a new device of one's own is looked at again that has published no KeyPackages yet.
+const LATER_MS: u64 = 10 * 60_000;
 
 fn devices_of(roster: &Roster, account: AccountId) -> Vec<DeviceId> {
     let mut devices: Vec<DeviceId> = roster.leaves.values().filter(|leaf| leaf.account == account).map(|leaf| leaf.device).collect();

@@ -19,6 +19,8 @@ use crate::wire::stream::{Code, GroupSend};
 const GROUP_REQUEST: u64 = 1 << 62;
 /// How far a message may run ahead of an unanswered one to the same group: within the server's window of ids, with room.
 const IDS_AHEAD: u64 = limits::MESSAGE_ID_WINDOW - 8;
+/// How long an accepted message may take to be met in its group.
+const PLACED_MS: u64 = 60_000;
 /// In larger groups nobody says what was read: see `GroupRead` in `content.proto`.
 const READS_ACCOUNTS: u32 = 32;
 
@@ -83,8 +85,9 @@ impl Db {
     pub(in crate::client) fn ready_for_groups(&self, in_flight: &[u64], limit: usize) -> Result<Vec<ReadyGroup>, Error> {
         let mut select = self.connection.prepare_cached(
             "SELECT o.id, o.mls_group, o.client_message_id, o.content, o.epoch, o.ciphertext FROM group_outgoing AS o
-             JOIN groups AS g ON g.id = o.mls_group WHERE g.state = ?1 AND o.not_before_ms <= ?2 AND NOT EXISTS (
-                 SELECT 1 FROM group_outgoing AS e WHERE e.mls_group = o.mls_group AND e.client_message_id < o.client_message_id
+             JOIN groups AS g ON g.id = o.mls_group WHERE g.state = ?1 AND o.accepted_ms IS NULL AND o.not_before_ms <= ?2 AND NOT EXISTS (
+                 SELECT 1 FROM group_outgoing AS e
+                 WHERE e.mls_group = o.mls_group AND e.accepted_ms IS NULL AND e.client_message_id < o.client_message_id
                  AND (e.not_before_ms > ?2 OR e.client_message_id + ?3 < o.client_message_id))
              ORDER BY o.id",
         )?;
@@ -196,40 +199,50 @@ impl Db {
         Ok(next)
     }
 
-    /// A message of this device is in the group: the server said so, or it was met there.
+    /// A message of this device is durable: the server said so, or it was met in the group, where it is over with.
     pub(super) fn group_accepted(&self, group: GroupId, id: ClientMessageId, seq: Option<u64>) -> Result<(), Error> {
         let mut select = self
             .connection
-            .prepare_cached("SELECT id, content, tick FROM group_outgoing WHERE mls_group = ?1 AND client_message_id = ?2")?;
+            .prepare_cached("SELECT id, message_id, tick FROM group_outgoing WHERE mls_group = ?1 AND client_message_id = ?2")?;
         let found = select.query_row(params![group, sql::int(id.0)], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?))).optional()?;
-        let Some((row, content, tick)): Option<(i64, Vec<u8>, bool)> = found else {
-            return seq.map_or(Ok(()), |seq| self.place_own(group, id, seq));
-        };
-        self.connection.prepare_cached("DELETE FROM group_outgoing WHERE id = ?1")?.execute([row])?;
-        if !tick {
-            return Ok(());
-        }
-        let content = Content::decode(content.as_slice()).map_err(|error| Error::Damaged(error.to_string()))?;
-        let (own, message) = (self.own()?.account, content::id_of(&content)?);
+        let Some((row, message, tick)): Option<(i64, Option<MessageId>, bool)> = found else { return Ok(()) };
+        let message = message.filter(|_| tick);
         match seq {
-            Some(seq) => self.set_group_seq(own, message, seq)?,
-            // Its place is told when it is met; until then it is known by its number.
+            Some(seq) => {
+                self.connection.prepare_cached("DELETE FROM group_outgoing WHERE id = ?1")?.execute([row])?;
+                if let Some(message) = message {
+                    self.set_group_seq(self.own()?.account, message, seq)?;
+                }
+            }
             None => {
-                let mut insert = self
-                    .connection
-                    .prepare_cached("UPDATE messages SET group_seq = -?3 WHERE author = ?1 AND message_id = ?2 AND group_seq IS NULL")?;
-                insert.execute(params![own, message, sql::int(id.0)])?;
+                let mut update = self.connection.prepare_cached(
+                    "UPDATE group_outgoing SET ciphertext = NULL, accepted_ms = ?2,
+                     accepted_cursor = (SELECT cursor FROM groups WHERE groups.id = mls_group) WHERE id = ?1",
+                )?;
+                update.execute(params![row, sql::int(self.now().0)])?;
             }
         }
-        self.set_status(message, Status::Sent)
+        message.map_or(Ok(()), |message| self.set_status(message, Status::Sent))
     }
 
-    fn place_own(&self, group: GroupId, id: ClientMessageId, seq: u64) -> Result<(), Error> {
-        let own = self.own()?.account;
-        let mut update = self
-            .connection
-            .prepare_cached("UPDATE messages SET group_seq = ?4 WHERE conversation = ?1 AND author = ?2 AND group_seq = -?3")?;
-        update.execute(params![ConversationId::Group(group), own, sql::int(id.0), sql::int(seq)])?;
+    /// In rare races what was accepted gets no place in the group: what was not met there although others were is sent again, under a new
+    /// number. Whoever had it all the same shows it once.
+    pub(super) fn send_unplaced(&self) -> Result<(), Error> {
+        let mut select = self.connection.prepare_cached(
+            "SELECT o.id, o.mls_group FROM group_outgoing AS o JOIN groups AS g ON g.id = o.mls_group
+             WHERE o.accepted_ms <= ?1 AND g.state = ?2 AND g.cursor > o.accepted_cursor AND g.head <= g.cursor ORDER BY o.id",
+        )?;
+        let before = sql::int(self.now().0.saturating_sub(PLACED_MS));
+        let rows = select.query_map(params![before, MEMBER], |row| Ok((row.get(0)?, row.get(1)?)))?;
+        let unplaced: Vec<(i64, GroupId)> = rows.collect::<rusqlite::Result<_>>()?;
+        for (row, group) in unplaced {
+            let new = self.next_group_id(group)?;
+            let mut update = self.connection.prepare_cached(
+                "UPDATE group_outgoing SET client_message_id = ?2, ciphertext = NULL, accepted_ms = NULL, attempts = 0 WHERE id = ?1",
+            )?;
+            update.execute(params![row, sql::int(new.0)])?;
+            self.mark(|changed| changed.outgoing = true);
+        }
         Ok(())
     }
 
@@ -250,14 +263,15 @@ impl Db {
 
     /// Nothing can be sent to the group any more.
     pub(super) fn fail_group_messages(&self, group: GroupId) -> Result<(), Error> {
-        let mut select = self.connection.prepare_cached("SELECT id FROM group_outgoing WHERE mls_group = ?1 ORDER BY id")?;
+        let mut select =
+            self.connection.prepare_cached("SELECT id FROM group_outgoing WHERE mls_group = ?1 AND accepted_ms IS NULL ORDER BY id")?;
         let rows: Vec<i64> = select.query_map([group], |row| row.get(0))?.collect::<rusqlite::Result<_>>()?;
         rows.into_iter().try_for_each(|row| self.fail_group_message(row, Failure::NotMember))
     }
 
     /// Messages to groups that the server has not accepted.
     pub(in crate::client) fn unsent_to_groups(&self) -> Result<u64, Error> {
-        let mut select = self.connection.prepare_cached("SELECT count(*) FROM group_outgoing")?;
+        let mut select = self.connection.prepare_cached("SELECT count(*) FROM group_outgoing WHERE accepted_ms IS NULL")?;
         Ok(sql::uint(select.query_row([], |row| row.get(0))?))
     }
 

@@ -208,7 +208,7 @@ impl Group {
                 let (_, gone) = self.db(at).own_devices_in(id).expect("read");
                 let intent = Intent { remove_devices: gone, ..Intent::default() };
                 if !self.db(at).prepare_change(id, &intent).expect("prepared") {
-                    self.db(at).group_tidied(id).expect("noted");
+                    self.db(at).group_tidied(id, false).expect("noted");
                 }
             }
         }
@@ -469,6 +469,24 @@ fn a_message_of_an_epoch_too_long_over_is_encrypted_again() {
     group.settle();
     assert_eq!(group.texts(0), ["late"]);
     assert_eq!(group.db(1).unsent_to_groups().expect("count"), 0);
+}
+
+#[test]
+fn what_was_accepted_and_has_no_place_is_sent_again() {
+    let mut group = Group::of_all(&[(1, 1), (2, 1)]);
+    group.text(1, "nowhere");
+    let ready = group.db(1).ready_for_groups(&[], 64).expect("ready").remove(0);
+    group.db(1).group_answered(ready.id, &Answer::of(Code::Ok)).expect("noted");
+    assert_eq!(group.db(1).unsent_to_groups().expect("count"), 0);
+    group.world.clock.advance(120_000);
+    group.db(1).groups_with_tasks().expect("looked");
+    assert_eq!(group.db(1).unsent_to_groups().expect("count"), 0, "nothing else came: it may still");
+    group.text(0, "somewhere");
+    group.settle();
+    group.db(1).groups_with_tasks().expect("looked");
+    group.settle();
+    assert_eq!(group.texts(0), ["somewhere", "nowhere"]);
+    assert_eq!(group.texts(1), ["nowhere", "somewhere"], "in the order that this device had them");
 }
 
 #[test]
