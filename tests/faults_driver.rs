@@ -13,7 +13,7 @@ fn python(args: &[&str]) -> Option<String> {
         }
     };
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    Some(String::from_utf8(output.stdout).unwrap())
+    Some(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
 #[test]
@@ -41,11 +41,11 @@ fn accounts_stand_where_the_server_puts_them() {
 
 #[test]
 fn a_fault_is_felt_until_the_last_slow_one_arrived() {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = tempfile::tempdir().expect("a temporary folder");
     let file = dir.path().join("record");
     // Before the fault at 10 s, in it, behind its end at 20 s, and a fast one at last.
-    std::fs::write(&file, "d,1000.0,3000.0,x\na,11000.0,2500.0,x\nd,11000.0,14000.0,x\nd,30000.0,900.0,x\n").unwrap();
+    std::fs::write(&file, "d,1000.0,3000.0,x\na,11000.0,2500.0,x\nd,11000.0,14000.0,x\nd,30000.0,900.0,x\n").expect("written");
     let program = "import sys; sys.dont_write_bytecode = True; sys.path.insert(0, 'topology'); import record; print(record.disturbance(sys.argv[1], 10, 20))";
-    let Some(found) = python(&["-c", program, file.to_str().unwrap()]) else { return };
+    let Some(found) = python(&["-c", program, file.to_str().expect("text")]) else { return };
     assert_eq!(found.trim(), "{'accepted_slow_until_s': 3.5, 'delivered_slow_until_s': 15.0, 'recovered_after_end_s': 5.0}");
 }
