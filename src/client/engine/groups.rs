@@ -80,7 +80,7 @@ impl Inner {
                 Ok(())
             }
             // The invitation is old: the tree of its epoch is not kept any more.
-            Err(error) if error.code() == Some(Code::NotFound) => Ok(self.store.run(move |db| db.lost(group, None)).await?),
+            Err(error) if error.code() == Some(Code::NotFound) => Ok(self.store.run(move |db| db.lost(group)).await?),
             Err(error) => self.gone(group, error).await,
         }
     }
@@ -96,7 +96,7 @@ impl Inner {
             match self.api.commit_group(group, &rejoin.outgoing).await {
                 Ok(place) => return Ok(self.store.run(move |db| db.rejoined(group, rejoin, place.seq)).await?),
                 Err(error) if error.code() == Some(Code::Conflict) => self.wait(round).await,
-                Err(error) => return self.gone(group, error).await,
+                Err(error) => return Err(error.into()),
             }
         }
         Err(WorkError::Incomplete)
@@ -147,8 +147,14 @@ impl Inner {
             // Nothing is known, or it is to be said again later: the same bytes.
             Err(error) if error.is_transient() || error.code() == Some(Code::Unauthenticated) => Err(error.into()),
             Err(error) => {
-                self.store.run(move |db| db.refused(group)).await?;
-                self.gone(group, error.clone()).await?;
+                // The rules forbid it, or this device is out: the items say which.
+                let look = matches!(error.code(), Some(Code::Forbidden | Code::NotFound));
+                self.store
+                    .run(move |db| {
+                        db.refused(group)?;
+                        if look { db.group_behind(group) } else { Ok(()) }
+                    })
+                    .await?;
                 Err(error.into())
             }
         }

@@ -356,6 +356,9 @@ impl Session<'_> {
 
     /// Asks for the items of groups that the stream does not carry yet, as far as the socket takes it; a later look goes on.
     fn follow(&mut self, groups: Vec<GroupId>) -> Result<(), End> {
+        // Who left is not followed any more; who comes back asks anew.
+        let inside: HashSet<GroupId> = groups.iter().copied().collect();
+        self.followed.retain(|group| inside.contains(group));
         let wanted: Vec<GroupId> = groups
             .into_iter()
             .filter(|group| !self.followed.contains(group))

@@ -188,6 +188,9 @@ impl Db {
                 )?;
                 let by = self.own()?.account;
                 self.tell(&Event::GroupJoined { group: id, by })?;
+                // One's own other devices are to be in it as well.
+                self.connection.execute("UPDATE groups SET own_devices = 1 WHERE id = ?1", [id])?;
+                self.group_due(id, 0)?;
             }
             Submission::Commit(_) if pending.verdict == Verdict::Unknown => {
                 let merged = self.in_group(id, |group, engine| group.accepted(engine))?;
@@ -251,7 +254,7 @@ impl Db {
         })?;
         if let Err(error) = joined {
             tracing::info!(%error, "an invitation can't be used");
-            self.lost(id, Some(by))?;
+            self.lost(id)?;
             return Ok(false);
         }
         self.enter(id, sql::uint(seq))?;
@@ -260,7 +263,7 @@ impl Db {
     }
 
     /// This device should be in a group and has no keys for it.
-    pub(in crate::client) fn lost(&self, id: GroupId, _by: Option<AccountId>) -> Result<(), Error> {
+    pub(in crate::client) fn lost(&self, id: GroupId) -> Result<(), Error> {
         self.connection.execute("DELETE FROM group_invitations WHERE mls_group = ?1", [id])?;
         self.connection.execute(
             "INSERT INTO groups (id, state, cursor, head) VALUES (?1, ?2, 0, 0) ON CONFLICT (id) DO UPDATE SET state = ?2",

@@ -246,7 +246,7 @@ impl Db {
     }
 
     /// There may be more than this device knows of: looks.
-    pub(super) fn group_behind(&self, id: GroupId) -> Result<(), Error> {
+    pub(in crate::client) fn group_behind(&self, id: GroupId) -> Result<(), Error> {
         self.connection.execute("UPDATE groups SET head = max(head, cursor + 1) WHERE id = ?1", [id])?;
         self.mark(|changed| changed.outgoing = true);
         Ok(())
