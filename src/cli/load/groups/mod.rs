@@ -24,7 +24,7 @@ use tokio::task::spawn_local;
 use self::feed::{Hall, Setup};
 use self::member::Member;
 use super::Common;
-use super::api::{Api, Registered};
+use super::api::{Answer, Api, Registered};
 use super::keys::Keyset;
 use super::meter::Meter;
 use super::progress::Progress;
@@ -271,7 +271,7 @@ async fn make(api: &Api, args: &GroupsArgs, name: &str, keys: &Keyset, progress:
 }
 
 /// Changes a group again and again, as its owner; how long each took.
-async fn change(hall: Rc<Hall>, api: Api, at: usize, every: Duration, ops: Rc<std::cell::RefCell<Ops>>) {
+async fn change(hall: Rc<Hall>, clerk: Rc<Clerk>, at: usize, every: Duration, ops: Rc<std::cell::RefCell<Ops>>) {
     let seat = &hall.seats[at];
     let room = &hall.rooms[seat.group];
     let Some(member) = &seat.member else { return };
@@ -290,13 +290,13 @@ async fn change(hall: Rc<Hall>, api: Api, at: usize, every: Duration, ops: Rc<st
             }
         };
         let body = json!({ "commit": base64(&outgoing.commit), "group_info": base64(&outgoing.group_info) });
-        let begun = Instant::now();
         room.commits.borrow_mut().insert(epoch, hall.now_us());
         loop {
             let now = || member.borrow().view().map(|view| view.0);
-            match api.call(Method::POST, &path, Some(&seat.registered.credential), Some(&body)).await {
+            let (answer, took) = clerk.post(&path, &seat.registered.credential, &body).await;
+            match answer {
                 Ok(answer) if answer.status.is_success() => {
-                    ops.borrow_mut().took(begun.elapsed());
+                    ops.borrow_mut().took(took);
                     // Unless it was met on the stream before.
                     if now() == Some(epoch) && member.borrow_mut().accepted().is_err() {
                         *hall.failure.borrow_mut() = Some("an accepted change can't be merged".into());
@@ -321,6 +321,39 @@ async fn change(hall: Rc<Hall>, api: Api, at: usize, every: Duration, ops: Rc<st
                 // The same bytes again.
                 _ => tokio::time::sleep(Duration::from_millis(200)).await,
             }
+        }
+    }
+}
+
+/// Submits changes on a thread of its own: members that decrypt keep this one busy, and that is not the server's time.
+struct Clerk {
+    api: Api,
+    runtime: Option<tokio::runtime::Runtime>,
+}
+
+impl Clerk {
+    fn new(api: Api) -> anyhow::Result<Self> {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+        Ok(Self { api, runtime: Some(runtime) })
+    }
+
+    async fn post(&self, path: &str, credential: &str, body: &serde_json::Value) -> (anyhow::Result<Answer>, Duration) {
+        let (api, path, credential, body) = (self.api.clone(), path.to_owned(), credential.to_owned(), body.clone());
+        let Some(runtime) = &self.runtime else { return (Err(anyhow::anyhow!("the run is over")), Duration::ZERO) };
+        let call = runtime.spawn(async move {
+            let begun = Instant::now();
+            let answer = api.call(Method::POST, &path, Some(&credential), Some(&body)).await;
+            (answer.map_err(anyhow::Error::from), begun.elapsed())
+        });
+        call.await.unwrap_or_else(|error| (Err(error.into()), Duration::ZERO))
+    }
+}
+
+impl Drop for Clerk {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.runtime.take() {
+            // What is under way nobody waits for any more.
+            runtime.shutdown_background();
         }
     }
 }
@@ -392,7 +425,9 @@ pub(super) async fn run(args: GroupsArgs, progress: Progress) -> anyhow::Result<
     let mut changing = Tasks(Vec::new());
     if args.change_every > 0.0 {
         let every = super::length(args.change_every)?;
-        changing.0.extend(owners.iter().map(|&at| spawn_local(change(hall.clone(), api.clone(), at, every, ops.clone()))));
+        // A client of its own: connections belong to the runtime that made them.
+        let clerk = Rc::new(Clerk::new(Api::new(args.common.first_server()?, ca.as_ref())?)?);
+        changing.0.extend(owners.iter().map(|&at| spawn_local(change(hall.clone(), clerk.clone(), at, every, ops.clone()))));
     }
     send(&hall, &args, &progress, &mut meter).await?;
     report.seconds = args.seconds;
