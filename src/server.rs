@@ -210,6 +210,8 @@ struct Edge {
     acceptor: Arc<Acceptor>,
     realms: Arc<Realms>,
     dev: Option<DevRealm>,
+    /// The server's public key in groups.
+    sender: Option<[u8; 32]>,
     clock: Arc<dyn Clock>,
     random: Arc<dyn Random>,
 }
@@ -236,7 +238,7 @@ impl Edge {
             Arc::clone(&random),
             config.rates().messages_per_device_per_s,
         ));
-        let groups = Arc::new(GroupService::new(crate::delivery::groups::Parts {
+        let group_service = Arc::new(GroupService::new(crate::delivery::groups::Parts {
             log: Arc::clone(&backends.log),
             store: Arc::clone(&backends.groups),
             clock: Arc::clone(&clock),
@@ -251,11 +253,12 @@ impl Edge {
             Arc::clone(&backends.delivery),
             Arc::clone(&directory),
             Arc::clone(&acceptor),
-            groups,
+            group_service,
             Arc::clone(&random),
             Duration::from_millis(if config.is_cluster() { limits::CLUSTER_ACK_DELAY_MS } else { limits::ACK_DELAY_MS }),
         ));
-        Ok(Self { hub, directory, acceptor, realms, dev, clock, random })
+        let sender = groups::key(config)?.map(|key| key.public());
+        Ok(Self { hub, directory, acceptor, realms, dev, sender, clock, random })
     }
 
     fn state(self, config: &Config, backends: &Backends, operations: Operations) -> EdgeState {
@@ -272,7 +275,7 @@ impl Edge {
             sending: self.acceptor,
             inbox: Arc::new(Inboxes(Arc::clone(&self.hub))),
             hub: self.hub,
-            group_sender: None,
+            group_sender: self.sender,
             operations,
         })
     }

@@ -21,10 +21,10 @@ use sealpost::mls::sender::{ServerKey, external_sender};
 use sealpost::projector::groups::worker::{Parts, Worker};
 use sealpost::projector::push::{GroupVerdict, Push, PushBus};
 use sealpost::projector::worker::WorkerError;
+use sealpost::store::KeyStore as _;
 use sealpost::store::embedded::{EmbeddedStore, Options as StoreOptions};
 use sealpost::store::groups::{GroupHead, GroupItem, GroupItemKind, GroupRoster, GroupStore as _};
 use sealpost::store::seal::{Context, Sealer};
-use sealpost::store::KeyStore as _;
 use sealpost::testing::PATIENCE;
 use sealpost::wire::event::{self, InboxEvent, RequestId};
 use sealpost::wire::group_event::{GroupEvent, GroupEventBody};
@@ -522,7 +522,10 @@ async fn what_is_refused_and_how() -> Result<()> {
     // None of it left a trace; then somebody is first.
     assert_eq!((rig.items().await?.len(), rig.head().await?.epoch), (items, 1));
     assert!(is_done(&rig.submit(body(by, &sent.commit, None, &sent.group_info)).await?));
-    assert!(matches!(rig.submit(body(owner, &one.commit, one.welcome.as_deref(), &one.group_info)).await?, GroupVerdict::Conflict { epoch: 2, .. }));
+    assert!(matches!(
+        rig.submit(body(owner, &one.commit, one.welcome.as_deref(), &one.group_info)).await?,
+        GroupVerdict::Conflict { epoch: 2, .. }
+    ));
     assert!(matches!(rig.submit(GroupEventBody::Proposal { by: other, proposal: &leave }).await?, GroupVerdict::Conflict { epoch: 2, .. }));
     rig.check_rebuild(&accounts(&devices)).await
 }
