@@ -215,6 +215,7 @@ struct Edge {
     acceptor: Arc<Acceptor>,
     realms: Arc<Realms>,
     dev: Option<DevRealm>,
+    /// The server's public key in groups.
     group_sender: Option<[u8; 32]>,
     clock: Arc<dyn Clock>,
     random: Arc<dyn Random>,
@@ -242,7 +243,7 @@ impl Edge {
             Arc::clone(&random),
             config.rates().messages_per_device_per_s,
         ));
-        let groups = Arc::new(GroupService::new(crate::delivery::groups::Parts {
+        let group_service = Arc::new(GroupService::new(crate::delivery::groups::Parts {
             log: Arc::clone(&backends.log),
             store: Arc::clone(&backends.groups),
             clock: Arc::clone(&clock),
@@ -257,7 +258,7 @@ impl Edge {
             Arc::clone(&backends.delivery),
             Arc::clone(&directory),
             Arc::clone(&acceptor),
-            groups,
+            group_service,
             Arc::clone(&random),
             Duration::from_millis(if config.is_cluster() { limits::CLUSTER_ACK_DELAY_MS } else { limits::ACK_DELAY_MS }),
         ));

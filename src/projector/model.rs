@@ -9,7 +9,7 @@ use proptest::prelude::*;
 use crate::clock::UnixMillis;
 use crate::ids::{AccountId, AttachId, ClientMessageId, DeviceAddr, DeviceId, EdgeId, Generation, Offset, Seq};
 use crate::limits;
-use crate::projector::apply::{Needs, Projection, Step};
+use crate::projector::apply::{FROM_SERVER, Needs, Projection, Step};
 use crate::projector::push::Push;
 use crate::store::{DeliveryWrite, InboxState, Mark, MarkKey, PendingItem};
 use crate::wire::event::{self, EnvelopesAccepted, InboxEvent, ReceiptKind, SealedEnvelope};
@@ -114,7 +114,7 @@ enum Op {
 fn op() -> impl Strategy<Value = Op> {
     let device = 1u8..4;
     prop_oneof![
-        8 => (1u8..3, proptest::collection::btree_set(1u8..4, 1..4), 1u64..200, proptest::bool::weighted(0.1))
+        8 => (1u8..3, proptest::collection::btree_set(1u8..4, 1..4), ids(), proptest::bool::weighted(0.1))
             .prop_map(|(sender, devices, id, ephemeral)| Op::Send { sender, devices: devices.into_iter().collect(), id, ephemeral }),
         4 => (device.clone(), 0u64..6).prop_map(|(device, back)| Op::Ack { device, back }),
         2 => (device.clone(), 0u64..3).prop_map(|(device, attach)| Op::Attach { device, attach }),
@@ -128,6 +128,11 @@ fn op() -> impl Strategy<Value = Op> {
         2 => Just(Op::Crash),
         2 => (0usize..12).prop_map(Op::Cut),
     ]
+}
+
+/// Sometimes the server itself sends.
+fn ids() -> impl Strategy<Value = u64> {
+    prop_oneof![9 => 1u64..200, 1 => Just(FROM_SERVER.0)]
 }
 
 fn account() -> AccountId {
@@ -294,12 +299,15 @@ fn fold(log: &[Bytes]) -> Expected {
         let at = Seq::at(Generation(0), Offset(offset as u64));
         match event::decode(payload).expect("our own") {
             InboxEvent::EnvelopesAccepted(accepted) => {
-                let mark = out.marks.entry(MarkKey { recipient: accepted.recipient, sender: accepted.sender }).or_default();
-                let id = accepted.client_message_id.0;
-                let new = mark.see(id) == crate::projector::apply::Seen::New;
-                if new {
-                    mark.applied = at;
-                }
+                let id = accepted.client_message_id;
+                let new = id == FROM_SERVER || {
+                    let mark = out.marks.entry(MarkKey { recipient: accepted.recipient, sender: accepted.sender }).or_default();
+                    let new = mark.see(id.0) == crate::projector::apply::Seen::New;
+                    if new {
+                        mark.applied = at;
+                    }
+                    new
+                };
                 if new && accepted.flags & event::flags::EPHEMERAL == 0 {
                     out.pending.extend(accepted.envelopes.iter().map(|e| (DeviceAddr { account: account(), device: e.device }, at)));
                 }

@@ -116,6 +116,7 @@ mod tests {
             GroupEventBody::Closed { by },
             GroupEventBody::EdgeAttached { edge },
             GroupEventBody::EdgeDetached { edge },
+            GroupEventBody::Expired { to: Seq(number) },
         ]
     }
 
@@ -124,7 +125,7 @@ mod tests {
     fn bytes_of_events_are_stable() {
         let by = [&[7; 16][..], &[3]].concat();
         let edge = vec![8; 16];
-        let golden: [(u8, Vec<u8>); 9] = [
+        let golden: [(u8, Vec<u8>); 10] = [
             (0, [&by[..], &[2, b'x', b'y', 1, b't']].concat()),
             (1, [&by[..], &[2, b'x', b'y', 1, 2, b'x', b'y', 1, b'i']].concat()),
             (1, [&by[..], &[1, b'c', 0, 2, b'x', b'y']].concat()),
@@ -134,6 +135,7 @@ mod tests {
             (5, by.clone()),
             (6, edge.clone()),
             (7, edge),
+            (8, vec![5]),
         ];
         for (body, (kind, rest)) in bodies(b"xy", 5).into_iter().zip(golden) {
             let want = [&[VERSION][..], &[9; 16], &[1, 0, kind], &rest].concat();
@@ -155,7 +157,7 @@ mod tests {
         }
 
         #[test]
-        fn arbitrary_bytes_never_panic(rest in prop::collection::vec(any::<u8>(), 0..400), kind in 0u8..9) {
+        fn arbitrary_bytes_never_panic(rest in prop::collection::vec(any::<u8>(), 0..400), kind in 0u8..10) {
             let _ = decode::<GroupEvent<'_>>(&rest);
             let bytes = [&[VERSION][..], &[9; 16], &[1, 0, kind], &rest].concat();
             let _ = decode::<GroupEvent<'_>>(&bytes);

@@ -260,9 +260,14 @@ impl Group {
         self.stored.retain(|seq, _| *seq > met);
     }
 
-    /// Takes the public state that was loaded. A crash may have left the roster ahead of the head.
+    /// A crash left the roster ahead of the head: the public state says who was in it.
+    pub const fn is_behind_its_roster(&self) -> bool {
+        self.roster.epoch > self.head.epoch
+    }
+
+    /// Takes the public state that was loaded.
     pub fn adopt(&mut self, state: State) -> Result<(), Refused> {
-        if self.roster.epoch > self.head.epoch {
+        if self.is_behind_its_roster() {
             self.roster = roster_of(&state.public.roster()?, self.head.epoch);
         }
         self.state = Some(state);

@@ -2,9 +2,9 @@
 //!
 //! There is no coalescing window: what is pushed can be read. The order of a batch, and what a crash in between leaves:
 //!
-//! 1. everything but heads and position is written, if there are invitations or follow-ups (else it goes with the heads);
+//! 1. everything but heads, snapshots and position is written, if there are invitations or follow-ups (else it goes with the heads);
 //! 2. invitations and follow-ups are appended: a crash before the heads applies the events again, and appends them twice at worst;
-//! 3. heads are written: from here on a replay only tells again;
+//! 3. heads and snapshots are written: from here on a replay only tells again;
 //! 4. pushes go out;
 //! 5. once they are safe, with the next batch or a little later, the position is written.
 
@@ -300,7 +300,7 @@ impl Worker {
             metrics::observe_group_commits(effects.commits[0], effects.commits[1], begun.elapsed());
             self.write(tp.partition, last, &touched, effects).await?;
         }
-        self.trim();
+        self.trim(events.iter().map(|event| event.group).collect());
         Ok(())
     }
 
@@ -321,13 +321,15 @@ impl Worker {
         }
         let groups = Arc::clone(&self.parts.groups);
         if !effects.invitations.is_empty() || !effects.follow_ups.is_empty() {
+            // A snapshot takes the place of the one before it, which the head still names.
+            let snapshots = std::mem::take(&mut write.snapshots);
             let (heads, closed) = (std::mem::take(&mut write.heads), std::mem::take(&mut write.closed));
             retry(|| groups.write_groups(write.clone())).await?;
             self.parts.invite(std::mem::take(&mut effects.invitations)).await?;
             for (group, devices) in std::mem::take(&mut effects.follow_ups) {
                 append_group(self.parts.log.as_ref(), group, self.parts.clock.now(), GroupEventBody::DevicesGone { devices }).await?;
             }
-            write = GroupWrite { heads, closed, ..GroupWrite::default() };
+            write = GroupWrite { snapshots, heads, closed, ..GroupWrite::default() };
         }
         if write != GroupWrite::default() {
             retry(|| groups.write_groups(write.clone())).await?;
@@ -376,8 +378,8 @@ impl Worker {
         }
         let missing: Vec<(GroupId, Offset)> = first.into_iter().filter(|(id, _)| !self.groups.contains_key(id)).collect();
         for chunk in missing.chunks(READS_AT_ONCE) {
-            let groups = self.parts.groups.as_ref();
-            let loaded = try_join_all(chunk.iter().map(|(id, offset)| load_group(groups, *id, *offset))).await?;
+            let (groups, random) = (self.parts.groups.as_ref(), self.parts.random.as_ref());
+            let loaded = try_join_all(chunk.iter().map(|(id, offset)| load_group(groups, *id, *offset, random))).await?;
             for ((id, _), group) in chunk.iter().zip(loaded) {
                 self.groups.insert(*id, Kept { group, cost: 0, used: self.turn });
             }
@@ -414,13 +416,15 @@ impl Worker {
     }
 
     /// Keeps memory below its cap: everything is in the store too.
-    fn trim(&mut self) {
-        let turn = self.turn;
-        self.groups.retain(|_, kept| kept.group.as_ref().is_some_and(Group::is_whole));
-        for kept in self.groups.values_mut().filter(|kept| kept.used == turn || kept.cost == 0) {
-            kept.cost = kept.group.as_ref().map_or(0, Group::cost);
+    fn trim(&mut self, touched: BTreeSet<GroupId>) {
+        for id in touched {
+            let Some(kept) = self.groups.get_mut(&id) else { continue };
+            let cost = kept.group.as_ref().filter(|group| group.is_whole()).map_or(0, Group::cost);
+            self.bytes = self.bytes + cost - std::mem::replace(&mut kept.cost, cost);
+            if cost == 0 {
+                self.groups.remove(&id);
+            }
         }
-        self.bytes = self.groups.values().map(|kept| kept.cost).sum();
         if self.bytes > limits::GROUP_STATES_BYTES {
             let mut by_use: Vec<(u64, GroupId)> = self.groups.iter().map(|(id, kept)| (kept.used, *id)).collect();
             by_use.sort_unstable();
@@ -483,11 +487,14 @@ pub(in crate::projector) async fn append_group(
 }
 
 /// A group as the store has it, with the items from this event on, which only a crash can have left there.
-async fn load_group(groups: &dyn GroupStore, id: GroupId, first: Offset) -> Result<Option<Group>, WorkerError> {
+async fn load_group(groups: &dyn GroupStore, id: GroupId, first: Offset, random: &dyn Random) -> Result<Option<Group>, WorkerError> {
     let Some(head) = retry(|| groups.group(id)).await? else { return Ok(None) };
     let roster = retry(|| groups.group_roster(id)).await?;
     let roster = roster.ok_or_else(|| StoreError::Corrupt("a group without a roster".to_owned()))?;
     let mut group = Group::new(id, head, roster);
+    if group.is_behind_its_roster() {
+        load_state(groups, id, &mut group, random).await?;
+    }
     let mut after = Seq(Seq::at(Generation(0), first).0 - 1);
     loop {
         let page = retry(|| groups.group_items(id, after, STORED_PAGE, limits::LOG_BATCH_BYTES)).await?;
