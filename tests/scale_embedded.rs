@@ -106,7 +106,10 @@ async fn partitions_are_scaled_under_load() {
 
     let status = json(call(&data, &["status", "--interval", "0.2", "--json"])).await;
     assert_eq!((&status["ready"], &status["inbox"]["partitions"], &status["pending"]["items"]), (&true.into(), &6.into(), &0.into()));
-    assert!(status["pending"]["inboxes"].as_u64() >= Some(16) && status["partitions"].as_array().map(Vec::len) == Some(86 + 16), "{status}");
+    assert!(
+        status["pending"]["inboxes"].as_u64() >= Some(16) && status["partitions"].as_array().map(Vec::len) == Some(86 + 16),
+        "{status}"
+    );
     let text = output(call(&data, &["status", "--interval", "0.2"])).await;
     let text = String::from_utf8_lossy(&text.stdout).into_owned();
     assert!(text.contains("6 partitions of inbox (80 to 85, generation 2)") && text.contains("pending: 0 items"), "{text}");
