@@ -506,10 +506,8 @@ async fn what_is_refused_and_how() -> Result<()> {
     invalid(rig.submit(body(owner, &one.commit, Some(b"welcome"), &one.group_info)).await?);
     // Who is not in it: by external commit, and in writing.
     let tree = rig.store.group_tree(GROUP, 1).await?.context("it is there")?;
-    let joins = stranger.run(|engine| Ok(engine.rejoin(&info, &tree)?.1));
-    if let Ok(joins) = joins {
-        denied(rig.submit(body(stranger.address, &joins.commit, None, &joins.group_info)).await?);
-    }
+    let joins = stranger.run(|engine| Ok(engine.rejoin(&info, &tree)?.1))?;
+    denied(rig.submit(body(stranger.address, &joins.commit, None, &joins.group_info)).await?);
     let message = |by, epoch, content| GroupEventBody::Message { by, client_message_id: ClientMessageId(1), epoch, content };
     denied(rig.submit(message(stranger.address, 1, b"x")).await?);
     let large = vec![0; limits::ENVELOPE_BYTES + 1];
