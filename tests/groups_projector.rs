@@ -220,9 +220,12 @@ impl Rig {
         let key = self.store.seal_key(device.account, None).await?.context("its key is there")?;
         let sealer = Sealer::new(&key);
         let mut found = Vec::new();
-        for record in self.log.read(self.log.route(&device.account)?, sealpost::ids::Offset(0), usize::MAX).await? {
+        for record in self.log.read(self.log.route(&device.account)?, sealpost::ids::Offset(0), 64 << 20).await? {
             if let InboxEvent::EnvelopesAccepted(accepted) = event::decode(&record.payload)? {
-                assert_eq!((accepted.recipient, accepted.client_message_id), (device.account, ClientMessageId(0)));
+                if accepted.recipient != device.account {
+                    continue;
+                }
+                assert_eq!(accepted.client_message_id, ClientMessageId(0));
                 for envelope in accepted.envelopes.iter().filter(|envelope| envelope.device == device.device) {
                     let context = Context { recipient: device, sender: accepted.sender, client_message_id: ClientMessageId(0) };
                     let mut content = bytes::BytesMut::new();
