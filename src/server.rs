@@ -253,7 +253,6 @@ impl Edge {
             changes_per_min: config.rates().group_changes_per_device_per_min,
         }));
         let hub = Arc::new(Hub::new(
-            edge,
             Arc::clone(&backends.log),
             Arc::clone(&backends.delivery),
             Arc::clone(&directory),

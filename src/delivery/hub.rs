@@ -71,7 +71,6 @@ impl AppendSink for Unwatched {
 impl Hub {
     /// A hub without sessions.
     pub fn new(
-        edge: EdgeId,
         log: Arc<dyn EventLog>,
         delivery: Arc<dyn DeliveryStore>,
         directory: Arc<Directory>,
@@ -81,7 +80,7 @@ impl Hub {
         ack_delay: Duration,
     ) -> Self {
         Self {
-            edge,
+            edge: groups.edge(),
             log,
             delivery,
             directory,

@@ -32,7 +32,7 @@ pub struct ApiError {
     /// With `stale_devices`: devices that were registered anew.
     pub stale_devices: Vec<DeviceId>,
     /// With `conflict` in a group: its epoch, and the item that the sender has to take in.
-    pub group_at: Option<(u64, Seq)>,
+    pub group_at: Option<Box<(u64, Seq)>>,
     /// When to try again; 0 if waiting is not what helps.
     pub retry_after_ms: u32,
     /// Only where HTTP has a finer status than the code (405, 415, 408).
@@ -176,8 +176,8 @@ impl IntoResponse for ApiError {
             missing_devices: numbers(&self.missing_devices),
             extra_devices: numbers(&self.extra_devices),
             stale_devices: numbers(&self.stale_devices),
-            epoch: self.group_at.map(|(epoch, _)| epoch),
-            seq: self.group_at.map(|(_, seq)| seq.0),
+            epoch: self.group_at.as_ref().map(|at| at.0),
+            seq: self.group_at.as_ref().map(|at| at.1.0),
             retry_after_ms: (self.retry_after_ms > 0).then_some(self.retry_after_ms),
         };
         let mut response = (self.status(), Json(body)).into_response();
@@ -216,7 +216,7 @@ impl From<GroupError> for ApiError {
         let mut answer = Self::new(error.code(), error.to_string());
         answer.retry_after_ms = error.retry_after_ms();
         if let GroupError::Conflict { epoch, seq } = error {
-            answer.group_at = Some((epoch, seq));
+            answer.group_at = Some(Box::new((epoch, seq)));
         }
         answer
     }

@@ -116,6 +116,11 @@ impl GroupService {
         }
     }
 
+    /// This edge.
+    pub const fn edge(&self) -> EdgeId {
+        self.parts.edge
+    }
+
     /// The groups' projector is too far behind acceptance for more messages to be taken, or no more.
     pub fn set_behind(&self, behind: bool) {
         self.behind.store(behind, Ordering::Relaxed);
