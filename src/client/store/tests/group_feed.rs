@@ -29,7 +29,6 @@ struct Server {
 #[derive(Debug, PartialEq)]
 enum No {
     Conflict,
-    Forbidden,
     Lost,
 }
 
@@ -239,7 +238,7 @@ impl Group {
         match answer {
             Ok(seq) => self.db(at).submitted(id, Seq(seq)).expect("noted"),
             Err(No::Conflict) => self.db(at).overtaken(id).expect("noted"),
-            Err(No::Lost | No::Forbidden) => {}
+            Err(No::Lost) => {}
         }
         Verdict::Unknown
     }
