@@ -8,7 +8,6 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
@@ -30,8 +29,11 @@ use crate::store::{DeliveryStore, DeliveryWrite, DirectoryStore, KeyStore, MarkK
 use crate::traces::{self, Span};
 use crate::wire::event::{self, DirectoryCommand, InboxEvent, ReceiptKind, TraceContext};
 
+mod appending;
 mod flushing;
 mod scaling;
+
+pub(super) use appending::{append, append_for};
 
 /// The consumer group of the projectors.
 pub const GROUP: &str = "projector";
@@ -587,53 +589,6 @@ impl Worker {
             self.parts.bus.push(edge, batch).await;
         }
         metrics::observe_pushes(count, begun.elapsed());
-    }
-
-    /// Looks for envelopes past their time, and says so on the log: the view changes only by events.
-    async fn expire(&self) -> Result<(), WorkerError> {
-        if self.shadow {
-            return Ok(());
-        }
-        let before = crate::clock::UnixMillis(self.parts.clock.now().0.saturating_sub(limits::ENVELOPE_TTL_MS));
-        let layout = self.parts.log.layout();
-        let mut after = None;
-        loop {
-            let delivery = &self.parts.delivery;
-            let page = retry(|| delivery.expired(before, after, 256)).await?;
-            let Some((last, _)) = page.last() else { return Ok(()) };
-            after = Some(*last);
-            for (device, to) in page {
-                let tp = TopicPartition { topic: Topic::Inbox, partition: layout.partition_of(&device.account) };
-                if self.owned.contains_key(&tp) {
-                    metrics::observe_expired(1);
-                    append(self.parts.log.as_ref(), tp, event::encode(&InboxEvent::Expired { device, to })).await?;
-                }
-            }
-        }
-    }
-}
-
-/// Appends, waiting while the log is busy. One whose outcome is unknown is appended again: receipts, expiries and changes of
-/// an account mean the same twice.
-pub(super) async fn append(log: &dyn EventLog, to: TopicPartition, payload: Bytes) -> Result<(), AppendError> {
-    loop {
-        match log.append(to, payload.clone()).await {
-            Err(AppendError::Full | AppendError::Unavailable(_) | AppendError::Unknown(_)) => {
-                tokio::time::sleep(Duration::from_millis(20)).await
-            }
-            other => return other.map(drop),
-        }
-    }
-}
-
-/// The same for an account's partition of `inbox`, wherever that is by then.
-pub(super) async fn append_for(log: &dyn EventLog, account: &AccountId, payload: Bytes) -> Result<(), AppendError> {
-    loop {
-        match log.route(account) {
-            Ok(to) => return append(log, to, payload).await,
-            Err(AppendError::Unavailable(_)) => tokio::time::sleep(Duration::from_millis(20)).await,
-            Err(error) => return Err(error),
-        }
     }
 }
 

@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use tokio::time::Instant;
 
-use super::{Trail, Worker, WorkerError, append_for};
+use super::appending::append_for;
+use super::{Trail, Worker, WorkerError};
 use crate::ids::Offset;
 use crate::limits;
 use crate::log::{Consumer, Topic, TopicPartition};

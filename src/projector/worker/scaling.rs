@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use futures_util::future::try_join_all;
 
-use super::{Owned, Worker, WorkerError, append, append_for, undecodable};
+use super::appending::{append, append_for};
+use super::{Owned, Worker, WorkerError, undecodable};
 use crate::ids::{Offset, Partition};
 use crate::limits;
 use crate::log::layout::{self, LayoutRecord};
@@ -70,13 +71,11 @@ impl Worker {
         }
         let old: Vec<TopicPartition> =
             self.owned.keys().copied().filter(|tp| tp.topic == Topic::Inbox && layout.is_draining(tp.partition)).collect();
-        for tp in old {
-            if self.fenced.insert(tp) {
-                let fence = event::encode(&InboxEvent::Fence { generation: layout.newest() });
-                append(self.parts.log.as_ref(), tp, fence).await?;
-            }
-        }
-        Ok(())
+        let unfenced: Vec<TopicPartition> = old.into_iter().filter(|tp| self.fenced.insert(*tp)).collect();
+        let fence = event::encode(&InboxEvent::Fence { generation: layout.newest() });
+        // Side by side, for one commit to hold them all.
+        let appends = unfenced.into_iter().map(|tp| append(self.parts.log.as_ref(), tp, fence.clone()));
+        try_join_all(appends).await.map(drop).map_err(Into::into)
     }
 
     /// Everything before the fence was applied: writes it, and says so.
