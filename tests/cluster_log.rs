@@ -1,6 +1,6 @@
 //! The log on a real Kafka. Skipped, and said so, unless `SEALPOST_TEST_KAFKA` names one; `make test-cluster` starts it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -10,8 +10,10 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use sealpost::clock::SystemRandom;
 use sealpost::ids::{EdgeId, Offset, Partition};
-use sealpost::log::kafka::{KafkaLog, KafkaOpenError, KafkaOptions, NewKafkaTopic, Replicas, create_topics, delete_topics};
-use sealpost::log::{AppendError, AppendSink, Consumed, EventLog, PartitionCounts, ReadError, Topic, TopicPartition, conformance};
+use sealpost::log::kafka::{GroupWatch, KafkaLog, KafkaOpenError, KafkaOptions, NewKafkaTopic, Replicas, create_topics, delete_topics};
+use sealpost::log::{
+    AppendError, AppendSink, Consumed, Consumer, EventLog, PartitionCounts, ReadError, Topic, TopicPartition, conformance,
+};
 
 const COUNTS: PartitionCounts = PartitionCounts { inbox: 7, groups: 6, directory: 6, metadata: 6, push: 2 };
 
@@ -358,6 +360,55 @@ async fn partitions_that_stay_keep_flowing() {
     println!("the second consumer had records {took:?} after it joined; the longest pause of a partition that stayed: {longest:?}");
     assert!(longest < Duration::from_secs(1), "{longest:?}");
     drop(first);
+    log.close().await;
+    delete_topics(&options, &Topic::ON_CLUSTER).await.expect("topics are removed");
+}
+
+/// What a consumer of two topics owns, until nothing has moved for a while.
+async fn settle(consumers: &mut [(Box<dyn Consumer>, BTreeSet<TopicPartition>)]) {
+    let mut moved_at = Instant::now();
+    while moved_at.elapsed() < Duration::from_secs(4) {
+        for (consumer, owned) in consumers.iter_mut() {
+            match tokio::time::timeout(Duration::from_millis(200), consumer.next()).await {
+                Ok(Ok(Consumed::Assigned(partitions))) => owned.extend(partitions),
+                Ok(Ok(Consumed::Revoked(partitions))) => owned.retain(|of| !partitions.contains(of)),
+                Ok(Ok(Consumed::Records(_))) | Err(_) => continue,
+                Ok(Err(error)) => panic!("{error}"),
+            }
+            moved_at = Instant::now();
+        }
+    }
+}
+
+/// Projectors that join later get their part of each topic, not one topic whole: all messages would stay with the first.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn each_topic_is_shared_out() {
+    let Some(brokers) = brokers() else { return };
+    let options = options(&brokers);
+    let log = fresh(options.clone()).await;
+    let topics = [Topic::Directory, Topic::Inbox];
+    let mut consumers = Vec::new();
+    for count in 1..=3 {
+        consumers.push((log.consumer("each", &topics).await.expect("joins"), BTreeSet::new()));
+        settle(&mut consumers).await;
+        for topic in topics {
+            let owned: Vec<usize> = consumers.iter().map(|(_, owned)| owned.iter().filter(|of| of.topic == topic).count()).collect();
+            println!("{count} consumers of {}: {owned:?}", topic.name());
+            let all = usize::from(COUNTS.of(topic));
+            assert_eq!(owned.iter().sum::<usize>(), all);
+            assert!(owned.iter().all(|&owned| (all / count..=all.div_ceil(count)).contains(&owned)), "{owned:?}");
+        }
+    }
+    let watch = GroupWatch::new(&options, "each").expect("a client");
+    let group = watch.group().await.expect("answers");
+    watch.end().await;
+    assert_eq!((group.state.as_str(), group.members.len()), ("Stable", 3));
+    let mut seen: Vec<BTreeSet<TopicPartition>> = group.members.iter().map(|member| member.partitions.iter().copied().collect()).collect();
+    let mut owned: Vec<BTreeSet<TopicPartition>> = consumers.iter().map(|(_, owned)| owned.clone()).collect();
+    seen.sort();
+    owned.sort();
+    assert_eq!(seen, owned, "a process is one member, whatever it consumes");
+    drop(consumers);
     log.close().await;
     delete_topics(&options, &Topic::ON_CLUSTER).await.expect("topics are removed");
 }

@@ -332,6 +332,9 @@ pub async fn consumer_gets_everything_in_order(log: Log) {
     let mut reading = Reading::join(&log, "readers", &[Topic::Inbox, Topic::Directory]).await;
     reading.until_records(60).await;
     let expected = usize::from(log.partitions(Topic::Inbox) + log.partitions(Topic::Directory));
+    while reading.owned.len() < expected {
+        reading.step().await;
+    }
     assert_eq!(reading.owned.len(), expected, "all partitions of both topics");
     append(&log, inbox(0), numbered(60)).await;
     append(&log, at(Topic::Directory, 2), numbered(61)).await;

@@ -157,12 +157,12 @@ impl KafkaConsumer {
         options: &KafkaOptions,
         names: &Arc<Names>,
         group: &str,
-        topics: &[Topic],
+        client: &str,
+        topic: Topic,
         closed: CancellationToken,
     ) -> Result<Self, ReadError> {
-        let this = Self::new(&options.consumer(group), names, closed)?;
-        let subscription: Vec<&str> = topics.iter().map(|&topic| names.of(topic)).collect();
-        this.driver()?.subscribe(&subscription).map_err(unavailable)?;
+        let this = Self::new(options.consumer(group).set("client.id", client), names, closed)?;
+        this.driver()?.subscribe(&[names.of(topic)]).map_err(unavailable)?;
         Ok(this)
     }
 

@@ -14,9 +14,12 @@ use crate::limits;
 use crate::log::kafka::admin::{KafkaAdminError, KafkaTopic};
 use crate::log::kafka::names;
 use crate::log::kafka::options::KafkaOptions;
+use crate::log::kafka::together::group_of;
 use crate::log::{Topic, TopicPartition};
 
 const CALL: Duration = Duration::from_millis(limits::KAFKA_CALL_MS);
+/// Kafka's word for a group in which nothing moves.
+const STABLE: &str = "Stable";
 
 /// A consumer of a group.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -63,31 +66,53 @@ impl Position {
 
 /// A look at a group of consumers; one connection for any number of questions.
 pub struct GroupWatch {
-    driver: Arc<BaseConsumer<DefaultConsumerContext>>,
+    /// One for each topic that is consumed, since each has a group of its own.
+    drivers: Vec<(Topic, Arc<BaseConsumer<DefaultConsumerContext>>)>,
     options: KafkaOptions,
     group: String,
 }
 
+/// What groups consume.
+const CONSUMED: [Topic; 2] = [Topic::Inbox, Topic::Directory];
+
 impl GroupWatch {
     /// Of a group by its name, without the prefix.
     pub fn new(options: &KafkaOptions, group: &str) -> Result<Self, KafkaAdminError> {
-        let driver =
-            BaseConsumer::from_config_and_context(&options.reader(group), DefaultConsumerContext).map_err(|error| failed(&error))?;
-        Ok(Self { driver: Arc::new(driver), options: options.clone(), group: group.to_owned() })
+        let mut drivers = Vec::with_capacity(CONSUMED.len());
+        for topic in CONSUMED {
+            let config = options.reader(&group_of(group, topic));
+            let driver = BaseConsumer::from_config_and_context(&config, DefaultConsumerContext).map_err(|error| failed(&error))?;
+            drivers.push((topic, Arc::new(driver)));
+        }
+        Ok(Self { drivers, options: options.clone(), group: group.to_owned() })
     }
 
     /// Who is in it, and who owns what.
     pub async fn group(&self) -> Result<Group, KafkaAdminError> {
-        let (driver, options, group) = (Arc::clone(&self.driver), self.options.clone(), format!("{}{}", self.options.prefix, self.group));
+        let (drivers, options, group) = (self.drivers.clone(), self.options.clone(), self.group.clone());
         blocking(move || {
-            let list = driver.client().fetch_group_list(Some(&group), CALL).map_err(|error| failed(&error))?;
-            let Some(found) = list.groups().iter().find(|one| one.name() == group) else { return Ok(Group::default()) };
-            let members = found.members().iter().map(|member| GroupMember {
-                id: member.id().to_owned(),
-                host: member.client_host().trim_start_matches('/').to_owned(),
-                partitions: member.assignment().and_then(|bytes| assignment(bytes, &options)).unwrap_or_default(),
-            });
-            Ok(Group { state: found.state().to_owned(), members: members.collect() })
+            let mut all = Group::default();
+            // By the name that a process gives to all its consumers.
+            let mut clients: Vec<String> = Vec::new();
+            for (topic, driver) in drivers {
+                let group = format!("{}{}", options.prefix, group_of(&group, topic));
+                let list = driver.client().fetch_group_list(Some(&group), CALL).map_err(|error| failed(&error))?;
+                let Some(found) = list.groups().iter().find(|one| one.name() == group) else { continue };
+                if all.state.is_empty() || all.state == STABLE {
+                    found.state().clone_into(&mut all.state);
+                }
+                for member in found.members() {
+                    let partitions = member.assignment().and_then(|bytes| assignment(bytes, &options)).unwrap_or_default();
+                    if let Some(at) = clients.iter().position(|client| client == member.client_id()) {
+                        all.members[at].partitions.extend(partitions);
+                        continue;
+                    }
+                    clients.push(member.client_id().to_owned());
+                    let host = member.client_host().trim_start_matches('/').to_owned();
+                    all.members.push(GroupMember { id: member.id().to_owned(), host, partitions });
+                }
+            }
+            Ok(all)
         })
         .await
     }
@@ -102,18 +127,24 @@ impl GroupWatch {
                     .map(move |number| (TopicPartition { topic: topic.topic, partition: Partition(number) }, name.clone()))
             })
             .collect();
-        let driver = Arc::clone(&self.driver);
+        let drivers = self.drivers.clone();
         blocking(move || {
-            let mut list = TopicPartitionList::new();
-            for (of, name) in &all {
-                list.add_partition(name, i32::from(of.partition.0));
+            let Some((_, any)) = drivers.first() else { return Ok(BTreeMap::new()) };
+            let mut committed = Vec::with_capacity(drivers.len());
+            for (topic, driver) in &drivers {
+                let mut list = TopicPartitionList::new();
+                for (of, name) in all.iter().filter(|(of, _)| of.topic == *topic) {
+                    list.add_partition(name, i32::from(of.partition.0));
+                }
+                if list.count() > 0 {
+                    committed.push(driver.committed_offsets(list, CALL).map_err(|error| failed(&error))?);
+                }
             }
-            let committed = driver.committed_offsets(list, CALL).map_err(|error| failed(&error))?;
             let mut positions = BTreeMap::new();
             for (of, name) in all {
                 let number = i32::from(of.partition.0);
-                let (low, high) = driver.fetch_watermarks(&name, number, CALL).map_err(|error| failed(&error))?;
-                let at = committed.find_partition(&name, number).and_then(|element| element.offset().to_raw());
+                let (low, high) = any.fetch_watermarks(&name, number, CALL).map_err(|error| failed(&error))?;
+                let at = committed.iter().find_map(|list| list.find_partition(&name, number)?.offset().to_raw());
                 let (Some(earliest), Some(end)) = (names::offset(low), names::offset(high)) else { continue };
                 positions.insert(of, Position { earliest, end, committed: at.and_then(names::offset) });
             }
@@ -124,7 +155,7 @@ impl GroupWatch {
 
     /// Ends the connection, which takes a moment.
     pub async fn end(self) {
-        let _ = tokio::task::spawn_blocking(move || drop(self.driver)).await;
+        let _ = tokio::task::spawn_blocking(move || drop(self.drivers)).await;
     }
 }
 

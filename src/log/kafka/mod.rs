@@ -30,6 +30,7 @@ use crate::log::kafka::layout::Layouts;
 use crate::log::kafka::names::Names;
 use crate::log::kafka::producer::Producer;
 use crate::log::kafka::reader::Readers;
+use crate::log::kafka::together::Together;
 use crate::log::layout::Layout;
 use crate::log::{AppendError, AppendSink, Consumer, EventLog, Follow, PartitionCounts, ReadError, Record, Topic, TopicPartition};
 
@@ -42,6 +43,7 @@ mod names;
 mod options;
 mod producer;
 mod reader;
+mod together;
 
 pub use admin::{
     KafkaAdminError, KafkaCluster, KafkaTopic, NewKafkaTopic, alter_settings, create_topics, delete_topics, describe_topics, grow_inbox,
@@ -253,7 +255,7 @@ impl EventLog for KafkaLog {
         if self.closed.is_cancelled() {
             return Err(ReadError::Closed);
         }
-        Ok(Box::new(KafkaConsumer::join(&self.options, &self.names, group, topics, self.closed.clone())?))
+        Ok(Box::new(Together::join(&self.options, &self.names, group, topics, &self.closed)?))
     }
 
     async fn read(&self, from: TopicPartition, offset: Offset, bytes_max: usize) -> Result<Vec<Record>, ReadError> {

@@ -419,7 +419,7 @@ impl CqlStore {
 }
 
 /// Runs of items that fit into a batch.
-pub(super) fn chunks<'a, T>(items: &'a [T], cost: impl Fn(&T) -> usize) -> impl Iterator<Item = &'a [T]> {
+pub(super) fn chunks<T>(items: &[T], cost: impl Fn(&T) -> usize) -> impl Iterator<Item = &[T]> {
     let mut rest = items;
     std::iter::from_fn(move || {
         let mut bytes = 0;
