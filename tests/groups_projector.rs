@@ -64,6 +64,9 @@ impl PushBus for Told {
     }
 }
 
+/// A worker: how to stop it, and what became of it.
+type Running = (watch::Sender<bool>, JoinHandle<Result<(), WorkerError>>);
+
 struct Rig {
     _dir: tempfile::TempDir,
     log: Arc<EmbeddedLog>,
@@ -71,7 +74,7 @@ struct Rig {
     told: Arc<Told>,
     key: Arc<ServerKey>,
     clock: ManualClock,
-    running: Option<(watch::Sender<bool>, JoinHandle<Result<(), WorkerError>>)>,
+    running: Option<Running>,
     numbers: AtomicU64,
 }
 
@@ -392,8 +395,8 @@ async fn a_group_from_its_creation_to_its_end() -> Result<()> {
     let mut rig = Rig::new()?;
     let mut devices = group_of(&rig, 4).await?;
     rig.append(GroupEventBody::EdgeAttached { edge: EDGE }, None).await?;
-    for n in 0..4usize {
-        assert!(is_done(&devices[n].write(&rig, &[n as u8]).await?));
+    for (n, device) in devices.iter_mut().enumerate() {
+        assert!(is_done(&device.write(&rig, &[n as u8]).await?));
     }
     for (n, device) in devices.iter_mut().enumerate() {
         let read = device.catch_up(&rig).await?;
@@ -637,7 +640,7 @@ async fn storm(seed: u64) -> Result<()> {
         match roll(3) {
             0 => {
                 let sent = devices[who].change(&Change::default())?;
-                let number = rig.ask(devices[who].commit_body(&sent)).await?;
+                rig.ask(devices[who].commit_body(&sent)).await?;
                 if crashes {
                     tokio::time::sleep(Duration::from_millis(roll(8))).await;
                     rig.crash().await;
@@ -645,7 +648,6 @@ async fn storm(seed: u64) -> Result<()> {
                 // Whatever became of the first, asking again is safe.
                 let verdict = rig.submit(devices[who].commit_body(&sent)).await?;
                 assert!(is_done(&verdict), "nobody else commits: {verdict:?}");
-                drop(number);
                 epochs += 1;
                 devices[who].catch_up(&rig).await?;
             }
