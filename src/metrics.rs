@@ -12,6 +12,9 @@ use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use tokio_util::sync::CancellationToken;
 
 use crate::wire::stream::{CloseReason, Code};
+use groups::Groups;
+
+pub use groups::{observe_group_commits, observe_group_events, observe_group_feed_cut, observe_group_pushed, observe_groups_in_memory};
 
 /// Why a connection was not served.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -167,8 +170,7 @@ struct Handles {
     pushed: Counter,
     acked: Counter,
     feed_cuts: Counter,
-    group_pushed: Counter,
-    group_feed_cuts: Counter,
+    groups: Groups,
     bundles: Counter,
     one_time: Vec<Counter>,
     log_commit: Histogram,
@@ -200,12 +202,6 @@ struct Handles {
     flush: Histogram,
     flushed: Counter,
     expired: Counter,
-    group_events: Counter,
-    group_commits: [Counter; 2],
-    group_checking: Histogram,
-    group_applying: Histogram,
-    groups_in_memory: Gauge,
-    groups_in_memory_bytes: Gauge,
     metadata: Counter,
     process_cpu: Gauge,
     process_resident: Gauge,
@@ -238,8 +234,7 @@ impl Handles {
             pushed: counter!("sealpost_delivery_pushed_total"),
             acked: counter!("sealpost_delivery_acks_total"),
             feed_cuts: counter!("sealpost_delivery_feed_cuts_total"),
-            group_pushed: counter!("sealpost_groups_pushed_total"),
-            group_feed_cuts: counter!("sealpost_groups_feed_cuts_total"),
+            groups: Groups::new(),
             bundles: counter!("sealpost_keys_bundles_total"),
             one_time: pairs.map(|(kind, outcome)| counter!("sealpost_keys_one_time_total", "kind" => kind, "outcome" => outcome)).collect(),
             log_commit: histogram!("sealpost_log_commit_seconds"),
@@ -271,12 +266,6 @@ impl Handles {
             flush: histogram!("sealpost_projector_flush_seconds"),
             flushed: counter!("sealpost_projector_stored_items_total"),
             expired: counter!("sealpost_projector_expired_inboxes_total"),
-            group_events: counter!("sealpost_groups_events_total"),
-            group_commits: ["accepted", "refused"].map(|outcome| counter!("sealpost_groups_commits_total", "outcome" => outcome)),
-            group_checking: histogram!("sealpost_groups_checking_seconds"),
-            group_applying: histogram!("sealpost_groups_applying_seconds"),
-            groups_in_memory: gauge!("sealpost_groups_in_memory"),
-            groups_in_memory_bytes: gauge!("sealpost_groups_in_memory_bytes"),
             metadata: counter!("sealpost_projector_metadata_records_total"),
             process_cpu: gauge!("sealpost_process_cpu_seconds"),
             process_resident: gauge!("sealpost_process_resident_bytes"),
@@ -285,6 +274,7 @@ impl Handles {
 }
 
 fn describe() {
+    groups::describe();
     describe_counter!("sealpost_http_requests_total", "HTTP requests answered, by class of status");
     describe_histogram!("sealpost_http_request_seconds", "From a request's head to its answer's head");
     describe_gauge!("sealpost_edge_connections", "Open connections, streams included");
@@ -296,8 +286,6 @@ fn describe() {
     describe_counter!("sealpost_stream_closed_total", "Device streams that ended");
     describe_counter!("sealpost_delivery_pushed_total", "Envelopes and receipts written to streams");
     describe_counter!("sealpost_delivery_feed_cuts_total", "Live feeds that were cut because the client did not keep up");
-    describe_counter!("sealpost_groups_pushed_total", "Items of groups handed to streams that follow them, once for each stream");
-    describe_counter!("sealpost_groups_feed_cuts_total", "Times that items of groups were dropped because the client did not keep up");
     describe_counter!("sealpost_delivery_acks_total", "Acknowledgements taken");
     describe_counter!("sealpost_keys_bundles_total", "Key bundles handed out");
     describe_counter!("sealpost_keys_one_time_total", "What bundle fetches got of the pools of one-time prekeys");
@@ -349,12 +337,6 @@ fn describe() {
     describe_counter!("sealpost_projector_stored_items_total", "Pending items that outlived their window and were stored");
     describe_counter!("sealpost_projector_expired_inboxes_total", "Inboxes of which something expired");
     describe_counter!("sealpost_projector_metadata_records_total", "Records for topic metadata");
-    describe_counter!("sealpost_groups_events_total", "Events of groups applied");
-    describe_counter!("sealpost_groups_commits_total", "Commits of groups, by what became of them");
-    describe_histogram!("sealpost_groups_checking_seconds", "Checking the commits of one slice of a batch");
-    describe_histogram!("sealpost_groups_applying_seconds", "Applying, writing and telling a batch of events of groups");
-    describe_gauge!("sealpost_groups_in_memory", "Groups in this projector's memory");
-    describe_gauge!("sealpost_groups_in_memory_bytes", "What they cost");
     describe_gauge!("sealpost_process_cpu_seconds", "CPU time of this process since it started; grows");
     describe_gauge!("sealpost_process_resident_bytes", "Resident memory of this process");
 }
@@ -673,20 +655,6 @@ pub fn observe_feed_cut() {
     }
 }
 
-/// So many items of groups were handed to streams, each counted for each stream.
-pub fn observe_group_pushed(count: u64) {
-    if let Some(h) = HANDLES.get() {
-        h.group_pushed.increment(count);
-    }
-}
-
-/// Items of groups were dropped for one stream.
-pub fn observe_group_feed_cut() {
-    if let Some(h) = HANDLES.get() {
-        h.group_feed_cuts.increment(1);
-    }
-}
-
 /// A coalescing window was written to the store, with so many items that outlived it.
 pub fn observe_flush(items: u64, elapsed: Duration) {
     if let Some(h) = HANDLES.get() {
@@ -709,30 +677,6 @@ pub fn observe_metadata(records: u64) {
     }
 }
 
-/// Events of groups were applied, written and told.
-pub fn observe_group_events(events: u64, elapsed: Duration) {
-    if let Some(h) = HANDLES.get() {
-        h.group_events.increment(events);
-        h.group_applying.record(elapsed.as_secs_f64());
-    }
-}
-
-/// Commits of groups were checked.
-pub fn observe_group_commits(accepted: u64, refused: u64, elapsed: Duration) {
-    if let (Some(h), true) = (HANDLES.get(), accepted + refused > 0) {
-        add(&h.group_commits, 0, accepted);
-        add(&h.group_commits, 1, refused);
-        h.group_checking.record(elapsed.as_secs_f64());
-    }
-}
-
-/// How many groups a projector has in memory, and what they cost.
-pub fn observe_groups_in_memory(groups: usize, bytes: usize) {
-    if let Some(h) = HANDLES.get() {
-        h.groups_in_memory.set(groups as f64);
-        h.groups_in_memory_bytes.set(bytes as f64);
-    }
-}
-
+mod groups;
 #[cfg(test)]
 mod tests;
