@@ -637,7 +637,7 @@ async fn storm(seed: u64) -> Result<()> {
         match roll(3) {
             0 => {
                 let sent = devices[who].change(&Change::default())?;
-                let number = rig.ask(devices[who].commit_body(&sent)).await?;
+                rig.ask(devices[who].commit_body(&sent)).await?;
                 if crashes {
                     tokio::time::sleep(Duration::from_millis(roll(8))).await;
                     rig.crash().await;
@@ -645,7 +645,6 @@ async fn storm(seed: u64) -> Result<()> {
                 // Whatever became of the first, asking again is safe.
                 let verdict = rig.submit(devices[who].commit_body(&sent)).await?;
                 assert!(is_done(&verdict), "nobody else commits: {verdict:?}");
-                drop(number);
                 epochs += 1;
                 devices[who].catch_up(&rig).await?;
             }
