@@ -78,7 +78,7 @@ pub async fn groups(fixture: &dyn Fixture) -> Outcome {
     let tree = vec![7; 300_000];
     {
         let store = fixture.open().await.groups;
-        assert_eq!(store.group_position(Partition(3)).await?, Offset(0));
+        assert_eq!(store.group_position(Partition(33)).await?, Offset(0));
         assert_eq!((store.group(one).await?, store.group_roster(one).await?, store.group_info(one).await?), (None, None, None));
         assert_eq!((store.group_snapshot(one, 7).await?, store.group_tree(one, 9).await?), (None, None));
         assert_eq!(all(&*store, one).await?, Vec::<u64>::new());
@@ -91,15 +91,15 @@ pub async fn groups(fixture: &dyn Fixture) -> Outcome {
                 rosters: vec![(one, Seq(60), roster.clone())],
                 marks: vec![(one, device(1, 1), mark)],
                 heads: vec![(one, state.clone()), (other, head(61))],
-                position: Some((Partition(3), Offset(72))),
+                position: Some((Partition(33), Offset(72))),
                 ..Default::default()
             })
             .await?;
     }
     let stores = fixture.open().await;
     let store = stores.groups;
-    assert_eq!((store.group_position(Partition(3)).await?, store.group_position(Partition(4)).await?), (Offset(72), Offset(0)));
-    assert_eq!(stores.delivery.position(Partition(3)).await?, Offset(0), "positions of another topic");
+    assert_eq!((store.group_position(Partition(33)).await?, store.group_position(Partition(34)).await?), (Offset(72), Offset(0)));
+    assert_eq!(stores.delivery.position(Partition(33)).await?, Offset(0), "positions of another topic");
     assert_eq!((store.group(one).await?, store.group(other).await?, store.group(group(3)).await?), (Some(state), Some(head(61)), None));
     assert_eq!((store.group_roster(one).await?, store.group_roster(other).await?), (Some(roster), None));
     assert_eq!((store.group_info(one).await?, store.group_info(other).await?), (Some(Bytes::from(vec![6; 3])), None));
