@@ -421,7 +421,9 @@ async fn a_group_from_its_creation_to_its_end() -> Result<()> {
     assert_eq!(rig.submit(body()).await?, first, "said twice it is the same");
     assert!(is_done(&devices[1].commit(&rig, &Change::default()).await?));
     assert_eq!(rig.store.group_roster(GROUP).await?.context("a roster")?.devices.len(), 3);
-    assert!(matches!(devices[3].write(&rig, b"still here?").await, Ok(GroupVerdict::Denied(_))));
+    let late =
+        GroupEventBody::Message { by: devices[3].address, client_message_id: ClientMessageId(99), epoch: 2, content: b"still here?" };
+    assert!(matches!(rig.submit(late).await?, GroupVerdict::Denied(_)));
     assert_eq!(rig.store.groups_of(account(4), None, 10).await?, []);
     // The owner closes it.
     assert!(matches!(rig.submit(GroupEventBody::Closed { by: devices[1].address }).await?, GroupVerdict::Denied(_)));

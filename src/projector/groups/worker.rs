@@ -319,6 +319,11 @@ impl Worker {
                 group.flush(met, &mut write);
             }
         }
+        // What expires in the slice that made it is not written: a rebuild meets both at once.
+        for (group, to) in &write.drop_to {
+            write.items.retain(|(of, item)| of != group || item.seq > *to);
+            write.trees.retain(|(of, _, began, _)| of != group || *began > *to);
+        }
         let groups = Arc::clone(&self.parts.groups);
         if !effects.invitations.is_empty() || !effects.follow_ups.is_empty() {
             // A snapshot takes the place of the one before it, which the head still names.
