@@ -128,7 +128,7 @@ struct Group {
 
 impl Group {
     fn new(devices: &[(u8, u32)]) -> Self {
-        let mut world = World::new(devices);
+        let world = World::new(devices);
         // KeyPackages are checked against the machine's clock too.
         world.clock.advance(SystemClock.now().0.saturating_sub(START.0));
         let db = &world.devices[0].db;
