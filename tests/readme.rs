@@ -47,7 +47,7 @@ fn commands_and_their_options_exist() {
             let words: Vec<String> = arguments.split_whitespace().map(str::to_owned).collect();
             let kinds = |of: &str| -> &[&str] {
                 match of {
-                    "load" => &["idle", "backlog", "bundles"],
+                    "load" => &["idle", "backlog", "bundles", "groups"],
                     "topology" => &["plan", "apply", "check", "scale"],
                     "rebuild" => &["compare"],
                     _ => &[],

@@ -322,7 +322,10 @@ async fn a_cleared_view_can_be_made_again() {
     fill(&store).await.expect("writes");
     store.add_one_time(dev, KeyKind::Pq, vec![one_time(4)]).await.expect("adds");
     let before = store.dump_view().await.expect("reads");
-    assert_eq!(before.sections.iter().map(|section| section.rows).collect::<Vec<_>>(), [199 * 3 - 50, 3, 1, 2, 1, 1, 0]);
+    assert_eq!(
+        before.sections.iter().map(|section| section.rows).collect::<Vec<_>>(),
+        [199 * 3 - 50, 3, 1, 2, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0]
+    );
 
     store.clear_view().await.expect("clears");
     let empty = store.dump_view().await.expect("reads");

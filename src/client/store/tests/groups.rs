@@ -144,7 +144,9 @@ fn a_database_of_the_version_before_gets_the_tables_of_groups() {
     let dir = tempfile::tempdir().expect("a folder");
     let path = dir.path().join("old.db");
     let old = crate::client::store::open(&path).expect("a new file");
-    let undo = "DROP TABLE mls; DROP TABLE group_signers; DROP TABLE group_name_keys; PRAGMA user_version = 1;";
+    let undo = "DROP TABLE mls; DROP TABLE group_signers; DROP TABLE group_name_keys; DROP TABLE groups; DROP TABLE group_invitations;
+        DROP TABLE group_pending; DROP TABLE group_outgoing; DROP TABLE group_reads; ALTER TABLE messages DROP COLUMN group_seq;
+        PRAGMA user_version = 1;";
     old.execute_batch(undo).expect("as it was");
     drop(old);
     let new = crate::client::store::open(&path).expect("migrated");

@@ -26,7 +26,7 @@ use crate::wire::stream::{
     Code, Envelope, Hello, IdRange, Receipt, ReceiptEntry, ReceiptKind, Send as SendFrame, ServerFrame, server_frame::Frame,
 };
 
-const START: UnixMillis = UnixMillis(1_800_000_000_000);
+const START: UnixMillis = UnixMillis(1_700_000_000_000);
 
 fn number(device: u32) -> DeviceId {
     DeviceId::new(device).expect("valid")
