@@ -5,9 +5,10 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use sealpost::client::{Client, Connection, Event, Message, Status, dev_token};
-use sealpost::config::Config;
+use sealpost::config::{Config, Role};
 use sealpost::ids::AccountId;
 use sealpost::server::Broker;
+use sealpost::testing::cluster::TestCluster;
 use tempfile::TempDir;
 
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -59,7 +60,10 @@ impl World {
 }
 
 async fn start(dir: &Path, listen: std::net::SocketAddr) -> Broker {
-    let config = Config { data: dir.join("data"), listen, dev: Some(true), ..Config::default() };
+    let mut config = Config { data: dir.join("data"), listen, dev: Some(true), ..Config::default() };
+    if let Some(cluster) = TestCluster::of_folder(dir).await.expect("the cluster makes topics and keyspaces") {
+        cluster.join(&mut config, Role::All);
+    }
     Broker::start(config).await.expect("the broker starts")
 }
 
