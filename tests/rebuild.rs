@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use reqwest::Method;
 use sealpost::clock::{Random as _, SystemRandom};
 use sealpost::log::EventLog as _;
 use sealpost::log::embedded::{EmbeddedLog, Options as LogOptions};
@@ -93,6 +94,17 @@ async fn a_view_that_is_older_than_a_change_of_the_partitions_meets_it_again() -
         assert_eq!(stream.result(id).await?.code(), Code::Ok);
     }
     drop((stream, online));
+    // The live view has to have met all of it before it is compared.
+    let begun = std::time::Instant::now();
+    loop {
+        let (_, page) = bob.call(Method::GET, "/v1/inbox?limit=500", None).await?;
+        if page["items"].as_array().is_some_and(|items| items.len() == 90) {
+            break;
+        }
+        anyhow::ensure!(begun.elapsed() < Duration::from_secs(20), "not applied: {page}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    tokio::time::sleep(Duration::from_millis(300)).await;
     broker.stop().await;
 
     let dir = broker.data().join("store");
