@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use reqwest::Method;
 use sealpost::clock::{Random as _, SystemRandom};
 use sealpost::log::EventLog as _;
 use sealpost::log::embedded::{EmbeddedLog, Options as LogOptions};
@@ -11,6 +10,17 @@ use sealpost::store::embedded::{EmbeddedStore, Options};
 use sealpost::testing::Broker;
 use sealpost::wire::stream::Code;
 use serde_json::json;
+
+/// A broker that is stopped leaves what it had not applied yet to the next one. So it starts until nothing is left, with what followed
+/// from that (receipts, say).
+async fn stop_settled(broker: &mut Broker) -> anyhow::Result<()> {
+    for _ in 0..2 {
+        broker.restart().await?;
+        tokio::time::sleep(Duration::from_millis(300)).await;
+    }
+    broker.stop().await;
+    Ok(())
+}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_rebuilt_view_equals_the_live_one_and_serves_the_same() -> anyhow::Result<()> {
@@ -39,7 +49,7 @@ async fn a_rebuilt_view_equals_the_live_one_and_serves_the_same() -> anyhow::Res
     alice.call(reqwest::Method::DELETE, &format!("/v1/devices/{}", spare.addr.device), None).await?;
     dave.call(reqwest::Method::DELETE, "/v1/account", None).await?;
     drop((stream, online));
-    broker.stop().await;
+    stop_settled(&mut broker).await?;
 
     let dir = broker.data().join("store");
     let dump = async || -> anyhow::Result<_> { Ok(EmbeddedStore::open(&dir, Options::default())?.dump_view().await?) };
@@ -94,18 +104,7 @@ async fn a_view_that_is_older_than_a_change_of_the_partitions_meets_it_again() -
         assert_eq!(stream.result(id).await?.code(), Code::Ok);
     }
     drop((stream, online));
-    // The live view has to have met all of it before it is compared.
-    let begun = std::time::Instant::now();
-    loop {
-        let (_, page) = bob.call(Method::GET, "/v1/inbox?limit=500", None).await?;
-        if page["items"].as_array().is_some_and(|items| items.len() == 90) {
-            break;
-        }
-        anyhow::ensure!(begun.elapsed() < Duration::from_secs(20), "not applied: {page}");
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
-    tokio::time::sleep(Duration::from_millis(300)).await;
-    broker.stop().await;
+    stop_settled(&mut broker).await?;
 
     let dir = broker.data().join("store");
     let dump = async || -> anyhow::Result<_> { Ok(EmbeddedStore::open(&dir, Options::default())?.dump_view().await?) };
