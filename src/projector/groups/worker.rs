@@ -1,4 +1,4 @@
-//! The worker around [`apply`](super::apply): consume → apply → write → tell.
+//! The worker around [`super::apply`]: consume → apply → write → tell.
 //!
 //! There is no coalescing window: what is pushed can be read. The order of a batch, and what a crash in between leaves:
 //!
