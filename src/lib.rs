@@ -69,3 +69,5 @@ pub mod testing;
 pub mod topology;
 #[cfg(feature = "server")]
 pub mod traces;
+#[cfg(feature = "server")]
+pub mod waiters;

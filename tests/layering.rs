@@ -16,6 +16,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("log", &["ids", "limits", "clock", "metrics", "background"]),
     ("store", &["ids", "limits", "clock", "wire", "metrics", "background"]),
     ("secret_file", &["clock"]),
+    ("waiters", &["limits"]),
     ("metadata", &["ids", "limits", "clock", "wire", "log", "secret_file"]),
     ("client", &["ids", "limits", "clock", "wire", "mls"]),
     ("client/core", &["ids", "limits", "clock", "wire", "mls", "client"]),

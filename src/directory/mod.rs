@@ -3,15 +3,12 @@
 //! Reads come from the store; the projector says which accounts changed ([`Directory::invalidate`]). A change is a command on
 //! `directory`: the edge appends it and waits for the verdict that the projector sends once the change is applied and visible.
 
-use std::collections::HashMap;
 use std::hash::BuildHasher as _;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use parking_lot::Mutex;
 use quick_cache::sync::Cache;
-use tokio::sync::oneshot;
 
 use crate::clock::{Clock, Random, UnixMillis};
 use crate::ids::{AccountId, ClientMessageId, DeviceId, EdgeId, Identity, Partition, RegistrationId};
@@ -20,6 +17,7 @@ use crate::log::{AppendError, EventLog, Topic, TopicPartition};
 use crate::projector::push::Verdict;
 use crate::store::seal::{SealKey, Sealer};
 use crate::store::{DirectoryStore, KeyStore, StoreError};
+use crate::waiters::{Full, Waiters};
 use crate::wire::event::{self, AccountRecord, DirectoryChange, DirectoryCommand, NewDevice, RequestId, SignedKey};
 
 /// A device as a send sees it.
@@ -142,8 +140,7 @@ pub struct Directory {
     /// Counts the invalidations of the accounts that share a stripe. Its lock orders them against loads.
     invalidations: [Mutex<u64>; STRIPES],
     hasher: std::hash::RandomState,
-    waiters: Mutex<HashMap<u64, oneshot::Sender<Verdict>>>,
-    next_number: AtomicU64,
+    waiters: Waiters<Verdict>,
 }
 
 impl std::fmt::Debug for Directory {
@@ -160,8 +157,7 @@ impl Directory {
             cache: Cache::new(limits::CACHED_ACCOUNTS),
             invalidations: std::array::from_fn(|_| Mutex::new(0)),
             hasher: std::hash::RandomState::new(),
-            waiters: Mutex::default(),
-            next_number: AtomicU64::new(1),
+            waiters: Waiters::default(),
         }
     }
 
@@ -222,14 +218,14 @@ impl Directory {
     }
 
     async fn change_at(&self, account: AccountId, at: UnixMillis, change: DirectoryChange) -> Result<Verdict, DirectoryError> {
-        let waiter = self.wait()?;
-        let reply_to = Some(RequestId { edge: self.parts.edge, number: waiter.number });
+        let waiter = self.waiters.wait().map_err(|Full| DirectoryError::Busy)?;
+        let reply_to = Some(RequestId { edge: self.parts.edge, number: waiter.number() });
         let command = DirectoryCommand { account, at, reply_to, change };
         let partition = Partition::of(&account, self.parts.log.partitions(Topic::Directory));
         let to = TopicPartition { topic: Topic::Directory, partition };
         let verdict = tokio::time::timeout(Duration::from_millis(limits::VERDICT_MS), async {
             self.parts.log.append(to, event::encode(&command)).await?;
-            waiter.verdict().await
+            waiter.verdict().await.ok_or(DirectoryError::OutcomeUnknown)
         });
         let verdict = verdict.await.unwrap_or(Err(DirectoryError::OutcomeUnknown))?;
         // The projector says so too, to every edge; this one must not answer before it has heard.
@@ -239,21 +235,7 @@ impl Directory {
 
     /// The verdict on one of this edge's changes has come. Unknown numbers are those nobody waits for any more.
     pub fn complete(&self, number: u64, verdict: Verdict) {
-        if let Some(waiter) = self.waiters.lock().remove(&number) {
-            // Who waited may have gone away; the change stands.
-            let _ = waiter.send(verdict);
-        }
-    }
-
-    fn wait(&self) -> Result<Waiter<'_>, DirectoryError> {
-        let number = self.next_number.fetch_add(1, Ordering::Relaxed);
-        let (sender, receiver) = oneshot::channel();
-        let mut waiters = self.waiters.lock();
-        if waiters.len() >= limits::DIRECTORY_WAITERS {
-            return Err(DirectoryError::Busy);
-        }
-        waiters.insert(number, sender);
-        Ok(Waiter { directory: self, number, receiver: Some(receiver) })
+        self.waiters.complete(number, verdict);
     }
 
     /// Registers a device for an identity whose token was shown: with the identity's account, or with a new one.
@@ -356,26 +338,6 @@ impl Directory {
             self.parts.keys.destroy_seal_key(account).await?;
         }
         Ok(verdict)
-    }
-}
-
-/// A place in the map of waiters, given back when it is dropped.
-struct Waiter<'a> {
-    directory: &'a Directory,
-    number: u64,
-    receiver: Option<oneshot::Receiver<Verdict>>,
-}
-
-impl Waiter<'_> {
-    async fn verdict(mut self) -> Result<Verdict, DirectoryError> {
-        let receiver = self.receiver.take().ok_or(DirectoryError::OutcomeUnknown)?;
-        receiver.await.map_err(|_| DirectoryError::OutcomeUnknown)
-    }
-}
-
-impl Drop for Waiter<'_> {
-    fn drop(&mut self) {
-        self.directory.waiters.lock().remove(&self.number);
     }
 }
 

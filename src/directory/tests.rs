@@ -1,5 +1,5 @@
 use std::sync::Weak;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -249,16 +249,16 @@ async fn without_a_verdict_the_outcome_is_unknown() {
     tokio::time::pause();
     let verdict = world.directory.rename_device(device.account, device.device, "x".into()).await;
     assert_eq!(verdict, Err(DirectoryError::OutcomeUnknown));
-    assert!(world.directory.waiters.lock().is_empty());
+    assert!(world.directory.waiters.is_empty());
 }
 
 #[tokio::test]
 async fn waiters_are_capped() {
     let world = world();
-    let waiters: Vec<_> = (0..limits::DIRECTORY_WAITERS).map(|_| world.directory.wait().expect("room")).collect();
+    let waiters: Vec<_> = (0..limits::DIRECTORY_WAITERS).map(|_| world.directory.waiters.wait().expect("room")).collect();
     assert_eq!(world.directory.block(AccountId::from_bytes([1; 16]), AccountId::from_bytes([2; 16])).await, Err(DirectoryError::Busy));
     drop(waiters);
-    assert!(world.directory.wait().is_ok());
+    assert!(world.directory.waiters.wait().is_ok());
     world.directory.complete(12345, Verdict::NotFound);
 }
 

@@ -6,6 +6,8 @@
 //! number of its own each time, so that what was on its way for an earlier one is not taken for this one's. And a projector stores no
 //! position before the pushes that it covers are safe ([`PushBus::settled`]), so that a lost last item comes again.
 
+use std::collections::HashMap;
+
 use async_trait::async_trait;
 use futures_util::future::BoxFuture;
 
@@ -159,4 +161,15 @@ pub trait PushBus: Send + Sync + 'static {
     async fn broadcast(&self, batch: Vec<Push>);
     /// Ends when everything pushed so far can't be lost any more with this projector; an error if some of it was lost.
     fn settled(&self) -> BoxFuture<'static, Result<(), AppendError>>;
+}
+
+/// What goes to several edges, in its order for each.
+pub(super) async fn push_all(bus: &dyn PushBus, pushes: impl Iterator<Item = (EdgeId, Push)>) {
+    let mut by_edge: HashMap<EdgeId, Vec<Push>> = HashMap::with_capacity(1);
+    for (edge, push) in pushes {
+        by_edge.entry(edge).or_default().push(push);
+    }
+    for (edge, batch) in by_edge {
+        bus.push(edge, batch).await;
+    }
 }

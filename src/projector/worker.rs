@@ -13,7 +13,7 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use crate::clock::Clock;
-use crate::ids::{AccountId, DeviceAddr, EdgeId, Offset, Partition, Seq};
+use crate::ids::{AccountId, DeviceAddr, Offset, Partition, Seq};
 use crate::limits;
 use crate::log::{AppendError, Consumed, Consumer, EventLog, ReadError, Record, Topic, TopicPartition};
 use crate::metadata;
@@ -22,7 +22,7 @@ use crate::projector::apply::{Needs, Projection, Step};
 use crate::projector::behind::{Behind, Job, retry};
 use crate::projector::directory;
 use crate::projector::groups::gone;
-use crate::projector::push::{Push, PushBus};
+use crate::projector::push::{Push, PushBus, push_all};
 use crate::projector::recording::Recording;
 use crate::store::groups::GroupStore;
 use crate::store::{DeliveryStore, DeliveryWrite, DirectoryStore, KeyStore, MarkKey, StoreError};
@@ -581,13 +581,7 @@ impl Worker {
             return;
         }
         let (count, begun) = (self.projection.pushes.len() as u64, Instant::now());
-        let mut by_edge: HashMap<EdgeId, Vec<Push>> = HashMap::with_capacity(1);
-        for (edge, push) in self.projection.pushes.drain(..) {
-            by_edge.entry(edge).or_default().push(push);
-        }
-        for (edge, batch) in by_edge {
-            self.parts.bus.push(edge, batch).await;
-        }
+        push_all(self.parts.bus.as_ref(), self.projection.pushes.drain(..)).await;
         metrics::observe_pushes(count, begun.elapsed());
     }
 }

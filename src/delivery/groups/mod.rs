@@ -12,7 +12,6 @@ mod reads;
 #[cfg(test)]
 mod tests;
 mod trees;
-mod waiters;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -25,7 +24,7 @@ pub use feeds::Arrived;
 pub use frame::kind;
 pub use members::Known;
 pub use messages::{GroupMessage, parse};
-pub use reads::{Info, Member, Page, Role};
+pub use reads::{Info, Member, Page};
 
 use crate::clock::{Clock, Random};
 use crate::ids::{DeviceAddr, EdgeId, GroupId, Partition, Seq};
@@ -33,16 +32,16 @@ use crate::limits;
 use crate::log::{EventLog, Topic, TopicPartition};
 use crate::metrics;
 use crate::mls::public;
-use crate::projector::push::Push;
+use crate::projector::push::{GroupVerdict, Push};
 use crate::rate::Keyed;
 use crate::store::groups::GroupStore;
+use crate::waiters::{Full, Waiters};
 use crate::wire::event::{self, RequestId};
 use crate::wire::group_event::{GroupEvent, GroupEventBody};
 
 use feeds::Feeds;
 use members::Members;
 use trees::Trees;
-use waiters::Waiters;
 
 /// What a [`GroupService`] is made of.
 pub struct Parts {
@@ -79,7 +78,7 @@ pub struct GroupService {
     members: Members,
     feeds: Feeds,
     trees: Trees,
-    waiters: Waiters,
+    waiters: Waiters<GroupVerdict>,
     /// The highest client message id of each sender in a group that passed here, or was applied before.
     highest: Cache<(GroupId, DeviceAddr), Arc<AtomicU64>>,
     messages: Keyed<DeviceAddr>,
@@ -145,12 +144,12 @@ impl GroupService {
 
     /// Appends an event and waits until the group's projector has decided and the store shows it.
     async fn decide(&self, group: GroupId, body: GroupEventBody<'_>) -> Result<(Seq, u64), GroupError> {
-        let waiter = self.waiters.wait()?;
-        let reply_to = Some(RequestId { edge: self.parts.edge, number: waiter.number });
+        let waiter = self.waiters.wait().map_err(|Full| GroupError::Unavailable)?;
+        let reply_to = Some(RequestId { edge: self.parts.edge, number: waiter.number() });
         let payload = event::encode(&GroupEvent { group, at: self.parts.clock.now(), reply_to, body });
         let verdict = async {
             self.parts.log.append(self.route(group), payload).await?;
-            waiter.verdict().await
+            waiter.verdict().await.ok_or(GroupError::OutcomeUnknown)
         };
         match tokio::time::timeout(Duration::from_millis(limits::VERDICT_MS), verdict).await {
             Ok(verdict) => error::outcome(verdict?),

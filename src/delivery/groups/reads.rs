@@ -8,18 +8,8 @@ use super::error::GroupError;
 use super::members::Known;
 use crate::ids::{AccountId, DeviceAddr, DeviceId, GroupId, Seq};
 use crate::limits;
+use crate::mls::profile::Role;
 use crate::store::groups::{GroupHead, GroupItem, GroupRoster};
-
-/// What an account may do in a group.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Role {
-    /// Everything; there is one.
-    Owner,
-    /// Add and remove members.
-    Admin,
-    /// Write.
-    Member,
-}
 
 /// An account that is in a group.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -14,6 +14,7 @@ use crate::clock::{ManualClock, SystemRandom, UnixMillis};
 use crate::delivery::outbox::{Flow, GroupQueue, Handle, TakenGroups, Where};
 use crate::ids::{AccountId, AttachId, ClientMessageId, DeviceId, Offset};
 use crate::log::{AppendError, AppendSink, Consumer, ReadError, Record};
+use crate::mls::profile::Role;
 use crate::projector::push::GroupVerdict;
 use crate::store::groups::{GroupHead, GroupItem, GroupItemKind, GroupRoster, GroupWrite};
 use crate::store::{Mark, StoreError};

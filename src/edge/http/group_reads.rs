@@ -8,13 +8,14 @@ use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
 use super::model::B64;
-use crate::delivery::groups::{Member, Role};
+use crate::delivery::groups::Member;
 use crate::edge::EdgeState;
 use crate::edge::auth::AuthDevice;
 use crate::edge::error::{ApiError, ErrorBody};
 use crate::edge::extract::In;
 use crate::ids::{GroupId, Seq};
 use crate::limits;
+use crate::mls::profile::Role;
 use crate::store::groups::{GroupHead, GroupItem, GroupItemKind};
 
 /// A group, as a list shows it.

@@ -21,14 +21,14 @@ use tokio::time::Instant;
 use super::apply::{self, Effects, Group, Invitation, Met, Tools};
 use super::saved::State;
 use crate::clock::{Clock, Random, UnixMillis};
-use crate::ids::{AccountId, DeviceAddr, EdgeId, Generation, GroupId, Offset, Partition, Seq};
+use crate::ids::{AccountId, DeviceAddr, Generation, GroupId, Offset, Partition, Seq};
 use crate::limits;
 use crate::log::{AppendError, Consumed, Consumer, EventLog, Record, Topic, TopicPartition};
 use crate::metrics;
 use crate::mls::sender::ServerKey;
 use crate::projector::apply::FROM_SERVER;
 use crate::projector::behind::retry;
-use crate::projector::push::{Push, PushBus};
+use crate::projector::push::{PushBus, push_all};
 use crate::projector::worker::{Progress, WorkerError, append, append_for, undecodable};
 use crate::store::groups::{GroupItemKind, GroupStore, GroupWrite};
 use crate::store::seal::{Context, OVERHEAD, SealKey, Sealer};
@@ -70,16 +70,6 @@ pub struct Parts {
 }
 
 impl Parts {
-    async fn push(&self, pushes: Vec<(EdgeId, Push)>) {
-        let mut by_edge: BTreeMap<EdgeId, Vec<Push>> = BTreeMap::new();
-        for (edge, push) in pushes {
-            by_edge.entry(edge).or_default().push(push);
-        }
-        for (edge, batch) in by_edge {
-            self.bus.push(edge, batch).await;
-        }
-    }
-
     /// Puts each added device's invitation into its account's inbox; devices of one account share a record.
     async fn invite(&self, invitations: Vec<Invitation>) -> Result<(), WorkerError> {
         let mut by_account: BTreeMap<(Seq, AccountId), Vec<Invitation>> = BTreeMap::new();
@@ -339,7 +329,7 @@ impl Worker {
         if write != GroupWrite::default() {
             retry(|| groups.write_groups(write.clone())).await?;
         }
-        self.parts.push(std::mem::take(&mut effects.pushes)).await;
+        push_all(self.parts.bus.as_ref(), effects.pushes.drain(..)).await;
         if let Some(owned) = self.owned.get_mut(&partition) {
             owned.next = last.next();
         }
