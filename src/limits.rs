@@ -275,8 +275,11 @@ pub const HEARTBEAT_TICKS: u32 = 6;
 pub const STALLED_TICKS: u32 = 12;
 /// Ticks between clean-ups of rate limiters.
 pub const TIDY_TICKS: u32 = 12;
-/// How long a new stream waits for the projector to meet its attachment, in milliseconds.
-pub const ATTACH_MS: u64 = 15_000;
+/// How long a new stream waits for the projector to meet its attachment, in milliseconds. Sends are taken meanwhile, so only a projector that does
+/// not come back ends it: the next try may find another edge.
+pub const ATTACH_MS: u64 = 600_000;
+/// The same for a request to follow a group.
+pub const GROUP_ATTACH_MS: u64 = 15_000;
 /// Pairs (sending device, recipient account) whose highest message id an edge keeps at hand.
 pub const CACHED_MARKS: usize = 100_000;
 /// Items in one page of a stream's catch-up.

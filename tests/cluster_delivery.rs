@@ -7,7 +7,7 @@ use sealpost::server::{cql_options, kafka_options};
 use sealpost::store::cql::CqlStore;
 use sealpost::testing::cluster::TestCluster;
 use sealpost::testing::{Broker, RawDevice};
-use sealpost::wire::stream::{CloseReason, Envelope};
+use sealpost::wire::stream::{CloseReason, Code, Envelope, server_frame::Frame};
 
 struct Processes {
     edges: Vec<Broker>,
@@ -77,6 +77,27 @@ async fn a_conversation_over_two_edges_and_two_projectors() -> Result<()> {
     accepted(&alice, &bob, 41).await?;
     let last = there.envelope().await?;
     assert_eq!(last.client_message_id, 41);
+    Ok(())
+}
+
+/// Acceptance needs no projector, on streams neither: what was taken meanwhile comes once one lives.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_edge_takes_messages_while_no_projector_lives() -> Result<()> {
+    let Some(mut cluster) = Processes::start("an_edge_takes_messages_while_no_projector_lives", 1, 1).await? else { return Ok(()) };
+    let edge = cluster.edges[0].url().to_owned();
+    let alice = RawDevice::register(&edge, "alice@socialink").await?;
+    let bob = RawDevice::register(&edge, "bob@vignette").await?;
+    cluster.projectors.clear();
+
+    let mut stream = alice.open().await?;
+    for id in 1..=10 {
+        stream.send(&[&bob], id, b"while nobody projects").await?;
+        ensure!(stream.result(id).await?.code() == Code::Ok);
+    }
+    cluster.projectors.push(cluster.process(Role::Projector, |_| {}).await?);
+    let mut there = bob.connect().await?;
+    assert_eq!(ids(&there.backlog().await?), (1..=10).collect::<Vec<_>>());
+    stream.find(|frame| matches!(frame, Frame::Hello(_)).then_some(())).await?;
     Ok(())
 }
 

@@ -141,19 +141,6 @@ impl Outbox {
     }
 }
 
-/// What became of a stream's first attachment.
-#[derive(Debug)]
-pub enum First {
-    /// Nothing yet.
-    Wait,
-    /// The projector met it: the switch, and the inbox there.
-    Attached(Seq, InboxState),
-    /// The answer may be lost: attach anew.
-    Cut,
-    /// The stream ends.
-    Closed(CloseReason),
-}
-
 /// What a session takes out of its outbox in one go.
 #[derive(Debug, Default)]
 pub struct Taken {
@@ -416,18 +403,6 @@ impl Handle {
         out.sent = out.sent.max(cursor);
         out.acked = out.acked.max(cursor);
         out.ack_appended = out.ack_appended.max(cursor);
-    }
-
-    /// The first switch from backlog to live, or the reason why there will be none; not before that anything else is taken.
-    pub fn take_first(&self) -> First {
-        let mut out = self.out.lock();
-        out.woken = false;
-        match (out.closing, out.attached.take()) {
-            (Some(reason), _) => First::Closed(reason),
-            (None, Some((at, inbox))) => First::Attached(at, inbox),
-            (None, None) if std::mem::take(&mut out.overflow) => First::Cut,
-            (None, None) => First::Wait,
-        }
     }
 
     /// Everything that waits, but for items; those go to `items` if `want_items`. Settles the flow with what the client

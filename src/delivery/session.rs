@@ -1,8 +1,9 @@
 //! One device's stream, free of any transport: a reader that takes the client's frames and a writer that gives the server's.
 //!
-//! The writer's life: attach → catch up from the store to the switch → live. The switch is the position at which the projector met
+//! The writer's life: attach → hello, catch up from the store to the switch → live. The switch is the position at which the projector met
 //! the attachment in log order, so nothing is missed or doubled between the two. A feed that was cut (the
-//! client was too slow for its queue) attaches again and catches up again.
+//! client was too slow for its queue) attaches again and catches up again. Requests are taken and answered from the beginning: acceptance needs no
+//! projector.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -10,13 +11,14 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use prost::Message as _;
+use tokio::time::Instant;
 
 use crate::auth::KnownDevice;
 use crate::clock::{Clock, UnixMillis};
 use crate::delivery::frames::Batch;
 use crate::delivery::groups;
 use crate::delivery::hub::Hub;
-use crate::delivery::outbox::{FeedItem, First, Flow, GroupQueue, Handle, NeverSent, TakenGroups, Where};
+use crate::delivery::outbox::{FeedItem, Flow, GroupQueue, Handle, NeverSent, TakenGroups, Where};
 use crate::delivery::sending;
 use crate::directory::AccountView;
 use crate::ids::{GroupId, Seq};
@@ -62,6 +64,7 @@ impl Session {
             clock,
             view: None,
             phase: Phase::New,
+            opened: None,
             local: VecDeque::new(),
             flow: Flow::default(),
             last: Seq::ZERO,
@@ -199,6 +202,8 @@ pub struct Writer<'a> {
     clock: &'a dyn Clock,
     view: Option<Arc<AccountView>>,
     phase: Phase,
+    /// When it first attached, until the client was said hello.
+    opened: Option<Instant>,
     local: VecDeque<FeedItem>,
     flow: Flow,
     /// The highest seq that was sent, or acknowledged before.
@@ -220,7 +225,7 @@ impl Writer<'_> {
         // The transport comes back once it has written.
         self.traced.drain(..).for_each(Span::end);
         if self.phase == Phase::New
-            && let Err(reason) = self.first().await
+            && let Err(reason) = self.open().await
         {
             return self.close(reason);
         }
@@ -229,6 +234,10 @@ impl Writer<'_> {
             let taken = handle.take(&mut self.flow, &mut self.local, self.phase == Phase::Live, &mut self.group_items);
             if let Some(reason) = taken.closing {
                 return self.close(reason);
+            }
+            if let Some((at, inbox)) = taken.attached {
+                self.hello(inbox);
+                self.begin(at, inbox);
             }
             if !taken.accepted.is_empty() {
                 metrics::observe_sends(Code::Ok, taken.accepted.len() as u64);
@@ -250,9 +259,6 @@ impl Writer<'_> {
             }
             if let Some(groups) = taken.groups {
                 self.group_heads(&groups);
-            }
-            if let Some((at, inbox)) = taken.attached {
-                self.begin(at, inbox);
             }
             // A cut that comes while it catches up waits for its turn: the outbox takes nothing meanwhile.
             if taken.overflow && matches!(self.phase, Phase::Live | Phase::Attaching) && self.local.is_empty() {
@@ -278,8 +284,10 @@ impl Writer<'_> {
                 }
                 return Output::Frames(self.batch.take());
             }
-            if !self.can_go_on() {
-                handle.woken().await;
+            if !self.can_go_on()
+                && let Err(reason) = self.woken().await
+            {
+                return self.close(reason);
             }
         }
     }
@@ -326,35 +334,37 @@ impl Writer<'_> {
         Output::Ping
     }
 
-    /// Attaches, waits for the switch, and says hello.
-    async fn first(&mut self) -> Result<(), CloseReason> {
+    /// Attaches. The projector's answer is one of the things that the stream waits for.
+    async fn open(&mut self) -> Result<(), CloseReason> {
         let Session { hub, handle } = self.session;
         let view = hub.directory.get(handle.device.account).await.map_err(|_| CloseReason::ServerFault)?;
         self.view = Some(view.filter(|view| !view.deleted).ok_or(CloseReason::Revoked)?);
-        let begun = std::time::Instant::now();
-        hub.attach(handle).await.map_err(|_| CloseReason::ServerFault)?;
-        let wait = async {
-            loop {
-                match handle.take_first() {
-                    First::Attached(at, inbox) => return Ok((at, inbox)),
-                    First::Closed(reason) => return Err(reason),
-                    First::Cut => hub.attach_anew(handle).await.map_err(|_| CloseReason::ServerFault)?,
-                    First::Wait => handle.woken().await,
-                }
-            }
-        };
-        let (at, inbox) =
-            tokio::time::timeout(Duration::from_millis(limits::ATTACH_MS), wait).await.map_err(|_| CloseReason::ServerFault)??;
-        metrics::observe_attached(begun.elapsed());
-        handle.begin(inbox.cursor);
+        self.opened = Some(Instant::now());
+        self.phase = Phase::Attaching;
+        hub.attach(handle).await.map_err(|_| CloseReason::ServerFault)
+    }
+
+    /// Says hello if that was the first attachment.
+    fn hello(&mut self, inbox: InboxState) {
+        let Some(opened) = self.opened.take() else { return };
+        metrics::observe_attached(opened.elapsed());
+        self.session.handle.begin(inbox.cursor);
         self.batch.frame(Frame::Hello(stream::Hello {
             cursor: inbox.cursor.0,
             heartbeat_ms: (limits::HEARTBEAT_TICK_MS * u64::from(limits::HEARTBEAT_TICKS)) as u32,
             max_unacked_bytes: limits::UNACKED_BYTES as u64,
             server_time_ms: self.clock.now().0,
         }));
-        self.begin(at, inbox);
-        Ok(())
+    }
+
+    /// Waits until there is something to take; the first attachment has a time limit.
+    async fn woken(&self) -> Result<(), CloseReason> {
+        let woken = self.session.handle.woken();
+        let Some(opened) = self.opened else {
+            woken.await;
+            return Ok(());
+        };
+        tokio::time::timeout_at(opened + Duration::from_millis(limits::ATTACH_MS), woken).await.map_err(|_| CloseReason::ServerFault)
     }
 
     fn begin(&mut self, at: Seq, inbox: InboxState) {

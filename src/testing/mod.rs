@@ -201,17 +201,24 @@ impl RawDevice {
         self.call(Method::POST, &format!("/v1/accounts/{account}/messages"), Some(body)).await
     }
 
-    /// Opens its stream and reads Hello.
+    /// Opens its stream and reads Hello; what is said before that is passed over.
     pub async fn connect(&self) -> anyhow::Result<RawStream> {
+        let mut stream = self.open().await?;
+        stream.hello = stream
+            .find(|frame| match frame {
+                Frame::Hello(hello) => Some(hello),
+                _ => None,
+            })
+            .await?;
+        Ok(stream)
+    }
+
+    /// Opens its stream and reads nothing.
+    pub async fn open(&self) -> anyhow::Result<RawStream> {
         let mut request = format!("{}/v1/stream", self.base.replacen("http", "ws", 1)).into_client_request()?;
         request.headers_mut().insert("authorization", format!("Bearer {}", self.credential).parse()?);
         let (socket, _) = tokio_tungstenite::connect_async(request).await?;
-        let mut stream = RawStream { socket, waiting: Vec::new(), hello: stream::Hello::default(), pings: 0, closing: None };
-        match stream.next().await? {
-            Frame::Hello(hello) => stream.hello = hello,
-            other => bail!("expected Hello, got {other:?}"),
-        }
-        Ok(stream)
+        Ok(RawStream { socket, waiting: Vec::new(), hello: stream::Hello::default(), pings: 0, closing: None })
     }
 }
 
@@ -219,7 +226,7 @@ impl RawDevice {
 pub struct RawStream {
     socket: WebSocketStream<MaybeTlsStream<TcpStream>>,
     waiting: Vec<Frame>,
-    /// The first frame.
+    /// What it was told at first, once [`RawDevice::connect`] has read it.
     pub hello: stream::Hello,
     /// Pings so far; they are answered by reading on.
     pub pings: u32,

@@ -39,6 +39,8 @@ pub struct Device {
 pub struct Session {
     /// Its index among the devices of its role.
     pub index: u64,
+    /// There is a connection: the server takes sends before it says Hello.
+    open: bool,
     /// Set when the server has said Hello on the current connection.
     pub attached: bool,
     /// When the server has said QueueEmpty on the current connection.
@@ -60,6 +62,7 @@ impl Session {
     pub fn new(index: u64, receives: bool, sending: Option<Sending>) -> Self {
         Self {
             index,
+            open: false,
             attached: false,
             queue_empty: None,
             ended: None,
@@ -212,7 +215,7 @@ impl Device {
         self.decoder.reset();
         self.outbox.reset();
         let session = &mut self.session;
-        (session.attached, session.queue_empty, session.ended) = (false, None, None);
+        (session.open, session.attached, session.queue_empty, session.ended) = (true, false, None, None);
         (session.connection_seq, session.unacked_items, session.unacked_bytes) = (0, 0, 0);
         if let Some(sending) = &mut session.sending {
             sending.repeat_all();
@@ -246,7 +249,7 @@ impl Device {
             outbox.message(|out| wire::put_ack(out, session.seq));
             (session.unacked_items, session.unacked_bytes) = (0, 0);
         }
-        if !session.attached || session.sending.is_none() || world.by_http {
+        if !session.open || session.sending.is_none() || world.by_http {
             return;
         }
         while outbox.pending().len() < OUTBOX_BYTES {
@@ -357,7 +360,7 @@ mod tests {
     async fn a_sender_keeps_to_its_window_and_repeats_what_was_not_answered() {
         let world = world(3).await;
         world.begin();
-        assert_eq!(sent(&world, false), [], "not before Hello");
+        assert_eq!(sent(&world, false), [], "not before there is a connection");
         connect(&world, 0);
         assert_eq!(sent(&world, false), [(1, 1), (2, 2), (3, 3)]);
         tell(&world, 0, answer(2, stream::Code::Ok));

@@ -338,7 +338,7 @@ impl GroupService {
             let known = self.members.known(group).await?;
             Ok::<_, GroupError>(known.filter(|known| at.is_some() || known.head.closed))
         };
-        let attached = tokio::time::timeout(Duration::from_millis(limits::ATTACH_MS), attaching).await;
+        let attached = tokio::time::timeout(Duration::from_millis(limits::GROUP_ATTACH_MS), attaching).await;
         let known = attached.unwrap_or(Err(GroupError::Unavailable)).and_then(|known| known.ok_or_else(GroupError::no_group));
         let mut shard = self.feeds.shard(&group).lock();
         let Some(feed) = shard.get_mut(&group).filter(|feed| feed.attempt == attempt) else { return };

@@ -393,7 +393,7 @@ async fn an_attachment_that_is_not_met_is_answered_all_the_same() {
     world.store.put(0, 10, &[1]);
     let alice = stream(1);
     world.follow(&alice).await;
-    tokio::time::sleep(Duration::from_millis(limits::ATTACH_MS + 1)).await;
+    tokio::time::sleep(Duration::from_millis(limits::GROUP_ATTACH_MS + 1)).await;
     assert_eq!(head(&alice), Some(Where::refused(Code::Unavailable)));
     assert!(!alice.follows(GROUP));
     world.appended();
