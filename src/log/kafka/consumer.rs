@@ -161,7 +161,7 @@ impl KafkaConsumer {
         topic: Topic,
         closed: CancellationToken,
     ) -> Result<Self, ReadError> {
-        let this = Self::new(options.consumer(group).set("client.id", client), names, closed)?;
+        let this = Self::new(options.consumer(group, topic).set("client.id", client), names, closed)?;
         this.driver()?.subscribe(&[names.of(topic)]).map_err(unavailable)?;
         Ok(this)
     }
@@ -173,7 +173,9 @@ impl KafkaConsumer {
         from: &[(TopicPartition, Offset)],
         closed: CancellationToken,
     ) -> Result<Self, ReadError> {
-        let mut this = Self::new(&options.reader("follower"), names, closed)?;
+        // One reader of several topics asks as the first of them wants, and `inbox` is the first of all.
+        let topic = from.iter().map(|(of, _)| of.topic).min().unwrap_or(Topic::Inbox);
+        let mut this = Self::new(&options.follower("follower", topic), names, closed)?;
         this.owned = from.iter().map(|&(of, next)| (of, Owned { next: Some(next), ..Owned::default() })).collect();
         let list = names.list(from.iter().map(|&(of, next)| (of, Some(next))));
         this.driver()?.assign(&list).map_err(unavailable)?;
