@@ -308,7 +308,7 @@ impl Default for Timeouts {
 pub struct Log {
     /// A segment file is closed at about this size; retention frees whole segments. Default 64 MiB.
     pub segment_bytes: u64,
-    /// How long records are kept. Default 30, as long as undelivered envelopes are.
+    /// How long records are kept. Default 31, a day longer than undelivered envelopes.
     pub retention_days: u32,
     /// At most about this much is kept, oldest first out (0: no cap). What is dropped before it was delivered is
     /// said to its device as a gap. Default 0.
@@ -317,7 +317,7 @@ pub struct Log {
 
 impl Default for Log {
     fn default() -> Self {
-        Self { segment_bytes: 64 * 1024 * 1024, retention_days: 30, retention_bytes: 0 }
+        Self { segment_bytes: 64 * 1024 * 1024, retention_days: 31, retention_bytes: 0 }
     }
 }
 

@@ -74,6 +74,30 @@ pub const GROUP_TREE_BYTES: usize = COMMIT_BYTES;
 pub const GROUP_SNAPSHOT_COMMITS: u64 = 16;
 /// Public states of groups that a projector keeps in memory, in bytes of their trees; the least used go past that.
 pub const GROUP_STATES_BYTES: usize = 256 * 1024 * 1024;
+/// How old a group's last state on the log may be while items come, in milliseconds. A view made anew has what stands behind the first state that the
+/// log still has: topic `groups` is kept for 31 days and items for 30, so this must stay below one, with time to notice.
+pub const GROUP_STATE_ACTIVE_MS: u64 = 20 * 3600 * 1000;
+/// The same of a group in which nothing happens, so that nothing is missed before the state: a few times within what the log keeps.
+pub const GROUP_STATE_IDLE_MS: u64 = 7 * 24 * 3600 * 1000;
+/// How often a projector looks at all groups for that, in milliseconds: often within the shortest retention, a day.
+pub const GROUP_WALK_MS: u64 = 6 * 3600 * 1000;
+/// Groups read at once by that look.
+pub const GROUP_WALK_PAGE: usize = 256;
+/// How long a projector waits between two states or pages while it has nothing else to do, in milliseconds: a million groups take an hour or two.
+pub const GROUP_STATE_PAUSE_MS: u64 = 5;
+/// Groups of which a projector knows that they want their state said; of more it learns when it meets them again.
+pub const GROUP_STATES_DUE: usize = 4_096;
+/// States that a projector has on their way to the log.
+pub const GROUP_STATES_AT_ONCE: usize = 4;
+/// How long a state that was sent to the log is waited for before it is said again, in milliseconds.
+pub const GROUP_STATE_AGAIN_MS: u64 = 10 * 60_000;
+/// One record of a group's state, in bytes: a group of 1,500 needs two, and none is larger than a commit.
+pub const GROUP_STATE_PART_BYTES: usize = 512 * 1024;
+/// Records of one state: fifteen thousand leaves, the most that 1,500 accounts can have, fill half of them.
+pub const GROUP_STATE_PARTS: u16 = 32;
+/// Records of a partition that may come between what a state holds and the state: whoever begins with it reads them again. A projector that is half
+/// as far behind says none.
+pub const GROUP_STATE_REACH: u64 = 20_000;
 /// How often an edge says again that it follows a group, in milliseconds.
 pub const GROUP_EDGE_RENEW_MS: u64 = 5 * 60_000;
 /// After how long an edge that did not is taken for gone, in milliseconds by the log's clock.

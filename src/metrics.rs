@@ -14,7 +14,10 @@ use tokio_util::sync::CancellationToken;
 use crate::wire::stream::{CloseReason, Code};
 use groups::Groups;
 
-pub use groups::{observe_group_commits, observe_group_events, observe_group_feed_cut, observe_group_pushed, observe_groups_in_memory};
+pub use groups::{
+    observe_group_commits, observe_group_events, observe_group_feed_cut, observe_group_pushed, observe_group_state,
+    observe_groups_in_memory,
+};
 
 /// Why a connection was not served.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -88,6 +91,17 @@ pub enum Moved {
     Lost,
 }
 
+/// A topic that projectors apply.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Applied {
+    /// `inbox`.
+    Inbox,
+    /// `directory`.
+    Directory,
+    /// `groups`.
+    Groups,
+}
+
 /// Which call of a store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum StoreCall {
@@ -135,6 +149,8 @@ pub enum StoreCall {
     GroupItems,
     /// The groups of an account.
     GroupsOf,
+    /// A page of all groups.
+    GroupHeads,
 }
 
 macro_rules! labels {
@@ -148,7 +164,8 @@ labels!(Refusal: Full = "full", PerIp = "per_ip", Tls = "tls");
 labels!(Proof: Device = "device", Realm = "realm");
 labels!(RateScope: Ip = "ip", Device = "device", Messages = "messages", Registrations = "registrations", AuthFailures = "auth_failures", KeyFetches = "key_fetches", GroupChanges = "group_changes");
 labels!(Prekey: Ec = "ec", Pq = "pq", KeyPackage = "key_package");
-labels!(StoreCall: Position = "position", Write = "write", Inboxes = "inboxes", Marks = "marks", Pending = "pending", Expired = "expired", WriteDirectory = "write_directory", Account = "account", Identity = "identity", DeviceKeys = "device_keys", OneTimeAdd = "one_time_add", OneTimeTake = "one_time_take", OneTimeFirst = "one_time_first", OneTimeCount = "one_time_count", OneTimeRemove = "one_time_remove", Claim = "claim", SealKey = "seal_key", WriteGroups = "write_groups", Group = "group", GroupState = "group_state", GroupItems = "group_items", GroupsOf = "groups_of");
+labels!(StoreCall: Position = "position", Write = "write", Inboxes = "inboxes", Marks = "marks", Pending = "pending", Expired = "expired", WriteDirectory = "write_directory", Account = "account", Identity = "identity", DeviceKeys = "device_keys", OneTimeAdd = "one_time_add", OneTimeTake = "one_time_take", OneTimeFirst = "one_time_first", OneTimeCount = "one_time_count", OneTimeRemove = "one_time_remove", Claim = "claim", SealKey = "seal_key", WriteGroups = "write_groups", Group = "group", GroupState = "group_state", GroupItems = "group_items", GroupsOf = "groups_of", GroupHeads = "group_heads");
+labels!(Applied: Inbox = "inbox", Directory = "directory", Groups = "groups");
 labels!(Moved: Assigned = "assigned", Revoked = "revoked", Lost = "lost");
 labels!(PrekeyOutcome: Handed = "handed", Exhausted = "exhausted", Protected = "protected");
 
@@ -198,7 +215,7 @@ struct Handles {
     owned: Gauge,
     to_own: Gauge,
     queued_writes: Gauge,
-    lag: Gauge,
+    lag: Vec<Gauge>,
     flush: Histogram,
     flushed: Counter,
     expired: Counter,
@@ -262,7 +279,7 @@ impl Handles {
             owned: gauge!("sealpost_projector_owned_partitions"),
             to_own: gauge!("sealpost_projector_partitions"),
             queued_writes: gauge!("sealpost_projector_queued_writes"),
-            lag: gauge!("sealpost_projector_lag_records"),
+            lag: Applied::ALL.iter().map(|(_, topic)| gauge!("sealpost_projector_lag_records", "topic" => *topic)).collect(),
             flush: histogram!("sealpost_projector_flush_seconds"),
             flushed: counter!("sealpost_projector_stored_items_total"),
             expired: counter!("sealpost_projector_expired_inboxes_total"),
@@ -331,7 +348,7 @@ fn describe() {
     describe_gauge!("sealpost_projector_queued_writes", "Writes that wait for the store behind the projector, the one under way included");
     describe_gauge!(
         "sealpost_projector_lag_records",
-        "Records that are durable and not applied yet; on a cluster of all partitions, whoever owns them, and counted until the store has them"
+        "Records that are durable and not applied yet, by topic; on a cluster of all partitions, whoever owns them, and counted until the store has them"
     );
     describe_histogram!("sealpost_projector_flush_seconds", "One write of a coalescing window to the store");
     describe_counter!("sealpost_projector_stored_items_total", "Pending items that outlived their window and were stored");
@@ -641,10 +658,10 @@ pub fn observe_queued_writes(writes: u64) {
     }
 }
 
-/// So many records are durable and not applied yet.
-pub fn observe_lag(records: u64) {
+/// So many records of a topic are durable and not applied yet.
+pub fn observe_lag(topic: Applied, records: u64) {
     if let Some(h) = HANDLES.get() {
-        h.lag.set(records as f64);
+        h.lag[topic as usize].set(records as f64);
     }
 }
 

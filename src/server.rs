@@ -125,7 +125,7 @@ impl View {
 
     #[cfg(feature = "cluster")]
     fn two<S: DeliveryStore + DirectoryStore + GroupStore>(views: [Arc<S>; 2], log: &Arc<dyn EventLog>) -> Self {
-        let each = views.iter().map(|view| Positions { delivery: view.clone(), directory: view.clone() }).collect();
+        let each = views.iter().map(|view| Positions { delivery: view.clone(), directory: view.clone(), groups: view.clone() }).collect();
         let (layout, settled) = (Arc::clone(log), Arc::clone(log));
         let (directory, groups) = (log.partitions(Topic::Directory), log.partitions(Topic::Groups));
         let both = Arc::new(Mirrored::new(
@@ -152,6 +152,12 @@ impl Backends {
         let (view, files) = (View::one(store.clone()), embedded.map(|log| (log, store.clone())));
         let (delivery, directory, groups, keys) = (store.clone() as _, store.clone() as _, store.clone() as _, store as _);
         Ok(Self { log, delivery, directory, groups, keys, view, pushes: None, tasks: Vec::new(), files }.metered())
+    }
+
+    /// How far the view is.
+    fn positions(&self) -> Positions {
+        let (delivery, directory, groups) = (Arc::clone(&self.delivery), Arc::clone(&self.directory), Arc::clone(&self.groups));
+        Positions { delivery, directory, groups }
     }
 
     fn metered(self) -> Self {
@@ -346,7 +352,7 @@ impl Broker {
             let log = match config.is_cluster() {
                 true => Arc::clone(&backends.log),
                 false => {
-                    let view = Positions { delivery: Arc::clone(&backends.delivery), directory: Arc::clone(&backends.directory) };
+                    let view = backends.positions();
                     rewound(Arc::clone(&backends.log), &view).await?
                 }
             };
@@ -380,7 +386,7 @@ impl Broker {
                 tasks.push(tokio::spawn(projecting::watch_lag(Arc::clone(&backends.log), Topic::Groups, watching_groups.clone(), groups)));
             }
             if config.is_cluster() {
-                let view = Positions { delivery: Arc::clone(&backends.delivery), directory: Arc::clone(&backends.directory) };
+                let view = backends.positions();
                 tasks.push(tokio::spawn(projecting::measure_lag(Arc::clone(&backends.log), view)));
             }
             (projectors, progress) = (vec![thread, groups_thread], vec![watching, watching_groups]);

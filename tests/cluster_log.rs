@@ -399,7 +399,7 @@ async fn each_topic_is_shared_out() {
             assert!(owned.iter().all(|&owned| (all / count..=all.div_ceil(count)).contains(&owned)), "{owned:?}");
         }
     }
-    let watch = GroupWatch::new(&options, "each").expect("a client");
+    let watch = GroupWatch::new(&options, &[(Topic::Inbox, "each"), (Topic::Directory, "each")]).expect("a client");
     let group = watch.group().await.expect("answers");
     watch.end().await;
     assert_eq!((group.state.as_str(), group.members.len()), ("Stable", 3));

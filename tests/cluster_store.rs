@@ -71,6 +71,7 @@ suite!(
     group_states,
     group_members,
     group_expiry,
+    group_walk,
     one_time_keys,
     one_time_keys_are_taken_once,
     claims,

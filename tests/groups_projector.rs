@@ -18,7 +18,7 @@ use sealpost::limits;
 use sealpost::log::embedded::{EmbeddedLog, Options as LogOptions};
 use sealpost::log::{AppendError, EventLog, Topic, TopicPartition};
 use sealpost::mls::sender::{ServerKey, external_sender};
-use sealpost::projector::groups::worker::{Parts, Worker};
+use sealpost::projector::groups::worker::{Looks, Parts, Worker};
 use sealpost::projector::push::{GroupVerdict, Push, PushBus};
 use sealpost::projector::worker::WorkerError;
 use sealpost::store::KeyStore as _;
@@ -31,6 +31,9 @@ use sealpost::wire::group_event::{GroupEvent, GroupEventBody};
 use sealpost::wire::stream::GroupInvitation;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
+
+#[path = "groups_projector/states.rs"]
+mod states;
 
 const GROUP: GroupId = GroupId::from_bytes([0x6a; 16]);
 const EDGE: EdgeId = EdgeId::from_bytes([0xed; 16]);
@@ -75,6 +78,7 @@ struct Rig {
     key: Arc<ServerKey>,
     clock: ManualClock,
     running: Option<Running>,
+    looks: Looks,
     numbers: AtomicU64,
 }
 
@@ -93,6 +97,7 @@ impl Rig {
             key: Arc::new(ServerKey::derive(&[7; 32])),
             clock: ManualClock::new(SystemClock.now()),
             running: None,
+            looks: Looks::default(),
             numbers: AtomicU64::new(1),
         };
         rig.start();
@@ -114,7 +119,7 @@ impl Rig {
     fn start(&mut self) {
         let (worker, _) = Worker::new(self.parts(&self.store));
         let (stop, stops) = watch::channel(false);
-        self.running = Some((stop, tokio::spawn(worker.run(stops))));
+        self.running = Some((stop, tokio::spawn(worker.looking(self.looks).run(stops))));
     }
 
     /// As a killed process: in the middle of whatever it did, its position not written.
@@ -242,7 +247,7 @@ impl Rig {
     }
 }
 
-#[derive(Debug, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 struct View {
     head: Option<GroupHead>,
     roster: Option<GroupRoster>,

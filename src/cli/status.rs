@@ -13,6 +13,7 @@ use super::load::report::grouped;
 use crate::config::Cql;
 use crate::log::kafka::{self, Group, GroupWatch, KafkaCluster, Position};
 use crate::log::{Topic, TopicPartition};
+use crate::projector::groups::worker::GROUP as GROUPS;
 use crate::projector::worker::GROUP;
 use crate::server::{cql_options, kafka_options};
 use crate::store::PendingTotals;
@@ -21,7 +22,7 @@ use crate::store::cql::CqlStore;
 mod folder;
 
 /// What projectors consume.
-const CONSUMED: [Topic; 2] = [Topic::Inbox, Topic::Directory];
+const CONSUMED: [(Topic, &str); 3] = [(Topic::Inbox, GROUP), (Topic::Directory, GROUP), (Topic::Groups, GROUPS)];
 const PROBE: Duration = Duration::from_secs(3);
 /// How long a cluster's inboxes are counted at most: there is a row for each.
 const COUNT: Duration = Duration::from_secs(20);
@@ -147,6 +148,10 @@ impl Trend {
     }
 }
 
+fn is_consumed(topic: Topic) -> bool {
+    CONSUMED.iter().any(|(consumed, _)| *consumed == topic)
+}
+
 type Positions = BTreeMap<TopicPartition, Position>;
 
 fn status(
@@ -162,7 +167,7 @@ fn status(
     let owners: BTreeMap<TopicPartition, &str> =
         group.members.iter().flat_map(|member| member.partitions.iter().map(|&of| (of, member.id.as_str()))).collect();
     let mut partitions = Vec::new();
-    for (of, position) in now.iter().filter(|(of, _)| CONSUMED.contains(&of.topic)) {
+    for (of, position) in now.iter().filter(|(of, _)| is_consumed(of.topic)) {
         let (was, is) = (before.get(of).map_or(position.lag(), Position::lag), position.lag());
         partitions.push(PartitionStatus {
             topic: of.topic.name(),
@@ -189,7 +194,7 @@ fn status(
                 leaderless: topic.leaderless,
                 records: sum(topic.topic, now, Position::records),
                 appended_per_s: appended as f64 / elapsed,
-                lag: CONSUMED.contains(&topic.topic).then(|| sum(topic.topic, now, Position::lag)),
+                lag: is_consumed(topic.topic).then(|| sum(topic.topic, now, Position::lag)),
             }
         })
         .collect();
@@ -259,7 +264,7 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
     let options = kafka_options(config.kafka_alone()?);
     let processes = probe(&args.process).await?;
     let cluster = kafka::describe_topics(&options).await?;
-    let watch = GroupWatch::new(&options, GROUP)?;
+    let watch = GroupWatch::new(&options, &CONSUMED)?;
     let before = watch.positions(&cluster.topics).await?;
     let begun = std::time::Instant::now();
     tokio::time::sleep(Duration::from_secs_f64(args.interval)).await;

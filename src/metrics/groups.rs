@@ -14,6 +14,8 @@ pub(super) struct Groups {
     commits: [Counter; 2],
     checking: Histogram,
     applying: Histogram,
+    states: Counter,
+    state_bytes: Counter,
     in_memory: Gauge,
     in_memory_bytes: Gauge,
 }
@@ -27,6 +29,8 @@ impl Groups {
             commits: ["accepted", "refused"].map(|outcome| counter!("sealpost_groups_commits_total", "outcome" => outcome)),
             checking: histogram!("sealpost_groups_checking_seconds"),
             applying: histogram!("sealpost_groups_applying_seconds"),
+            states: counter!("sealpost_groups_states_total"),
+            state_bytes: counter!("sealpost_groups_state_bytes_total"),
             in_memory: gauge!("sealpost_groups_in_memory"),
             in_memory_bytes: gauge!("sealpost_groups_in_memory_bytes"),
         }
@@ -41,6 +45,8 @@ pub(super) fn describe() {
     describe_counter!("sealpost_groups_commits_total", "Commits of groups, by what became of them");
     describe_histogram!("sealpost_groups_checking_seconds", "Checking the commits of one slice of a batch");
     describe_histogram!("sealpost_groups_applying_seconds", "Applying, writing and telling a batch of events of groups");
+    describe_counter!("sealpost_groups_states_total", "States of groups put on the log, from which a view made anew begins");
+    describe_counter!("sealpost_groups_state_bytes_total", "Their bytes");
     describe_gauge!("sealpost_groups_in_memory", "Groups in this projector's memory");
     describe_gauge!("sealpost_groups_in_memory_bytes", "What they cost");
 }
@@ -73,6 +79,14 @@ pub fn observe_group_commits(accepted: u64, refused: u64, elapsed: Duration) {
         add(&h.groups.commits, 0, accepted);
         add(&h.groups.commits, 1, refused);
         h.groups.checking.record(elapsed.as_secs_f64());
+    }
+}
+
+/// A group's state is put on the log.
+pub fn observe_group_state(bytes: usize) {
+    if let Some(h) = HANDLES.get() {
+        h.groups.states.increment(1);
+        h.groups.state_bytes.increment(bytes as u64);
     }
 }
 

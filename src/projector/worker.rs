@@ -110,7 +110,8 @@ pub struct Parts {
 
 impl Parts {
     fn positions(&self) -> Positions {
-        Positions { delivery: Arc::clone(&self.delivery), directory: Arc::clone(&self.directory) }
+        let (delivery, directory, groups) = (Arc::clone(&self.delivery), Arc::clone(&self.directory), Arc::clone(&self.groups));
+        Positions { delivery, directory, groups }
     }
 }
 
@@ -181,6 +182,8 @@ pub struct Positions {
     pub delivery: Arc<dyn DeliveryStore>,
     /// Those of `directory`.
     pub directory: Arc<dyn DirectoryStore>,
+    /// Those of `groups`.
+    pub groups: Arc<dyn GroupStore>,
 }
 
 impl Positions {
@@ -188,6 +191,7 @@ impl Positions {
     pub async fn of(&self, tp: TopicPartition) -> Result<Offset, StoreError> {
         match tp.topic {
             Topic::Directory => self.directory.directory_position(tp.partition).await,
+            Topic::Groups => self.groups.group_position(tp.partition).await,
             _ => self.delivery.position(tp.partition).await,
         }
     }

@@ -142,8 +142,8 @@ pub(super) async fn watch_lag(
             end += log.bounds(tp).await.map_or(0, |(_, end)| end.0);
         }
         let met = progress.borrow().met;
-        if topic == Topic::Inbox {
-            metrics::observe_lag(end.saturating_sub(met));
+        if let Some(applied) = applied(topic) {
+            metrics::observe_lag(applied, end.saturating_sub(met));
         }
         let behind = lag.look(tokio::time::Instant::now(), end, met);
         tell(behind);
@@ -158,6 +158,16 @@ pub(super) async fn watch_lag(
     }
 }
 
+/// What metrics call a topic that projectors apply.
+const fn applied(topic: Topic) -> Option<metrics::Applied> {
+    match topic {
+        Topic::Inbox => Some(metrics::Applied::Inbox),
+        Topic::Directory => Some(metrics::Applied::Directory),
+        Topic::Groups => Some(metrics::Applied::Groups),
+        _ => None,
+    }
+}
+
 /// How far all projectors together are behind, for metrics: every one of them says it, so that it is known while one lives, and of
 /// partitions that nobody owns.
 pub(super) async fn measure_lag(log: Arc<dyn EventLog>, view: Positions) {
@@ -165,8 +175,8 @@ pub(super) async fn measure_lag(log: Arc<dyn EventLog>, view: Positions) {
     every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         every.tick().await;
-        let mut lag = Some(0u64);
-        for topic in [Topic::Inbox, Topic::Directory] {
+        for topic in [Topic::Inbox, Topic::Directory, Topic::Groups] {
+            let mut lag = Some(0u64);
             for number in 0..log.partitions(topic) {
                 let tp = TopicPartition { topic, partition: Partition(number) };
                 // What can't be looked at leaves the last figure as it is.
@@ -175,9 +185,9 @@ pub(super) async fn measure_lag(log: Arc<dyn EventLog>, view: Positions) {
                     _ => None,
                 };
             }
-        }
-        if let Some(lag) = lag {
-            metrics::observe_lag(lag);
+            if let (Some(lag), Some(applied)) = (lag, applied(topic)) {
+                metrics::observe_lag(applied, lag);
+            }
         }
     }
 }

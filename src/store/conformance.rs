@@ -107,6 +107,7 @@ pub async fn everything(fixture: &dyn Fixture) -> Outcome {
     group_states(fixture).await?;
     group_members(fixture).await?;
     group_expiry(fixture).await?;
+    group_walk(fixture).await?;
     one_time_keys(fixture).await?;
     one_time_keys_are_taken_once(fixture).await?;
     claims(fixture).await?;

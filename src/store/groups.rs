@@ -33,6 +33,10 @@ pub struct GroupHead {
     pub snapshot_at: Seq,
     /// The last event that went into it: what is replayed up to there has had its effect already.
     pub applied: Seq,
+    /// When its state was said on the log last: with its creation, or by a state event. 0: nobody knows.
+    pub stated: UnixMillis,
+    /// Where.
+    pub stated_at: Seq,
 }
 
 /// Who is in a group.
@@ -120,9 +124,11 @@ pub struct GroupWrite {
     pub drop_to: Vec<(GroupId, Seq)>,
     /// Groups as they are now.
     pub heads: Vec<(GroupId, GroupHead)>,
-    /// Groups that were closed, and the event: snapshots, info, trees and marks go. The head stays for ever, so that the id is not used
-    /// again; roster and items stay as long as members may read them.
+    /// Groups that were closed, and the event: snapshots, info, trees and marks go. Head, roster and items stay as long as members may read
+    /// them.
     pub closed: Vec<(GroupId, Seq)>,
+    /// Closed groups of which nothing is left to read, and the event: head and roster go.
+    pub removed: Vec<(GroupId, Seq)>,
     /// The next record to apply.
     pub position: Option<(Partition, Offset)>,
 }
@@ -153,4 +159,7 @@ pub trait GroupStore: Send + Sync + 'static {
     /// Groups with items accepted before the time, and the seq up to which all are: at most `max`, of groups behind `after`. An empty answer
     /// ends the walk.
     async fn groups_expired(&self, before: UnixMillis, after: Option<GroupId>, max: usize) -> Result<Vec<(GroupId, Seq)>, StoreError>;
+    /// All groups, in an order of the store's own, behind `after`: at most `max`. An empty answer ends the walk; a group that is made while it goes
+    /// on may be missed.
+    async fn group_heads(&self, after: Option<GroupId>, max: usize) -> Result<Vec<(GroupId, GroupHead)>, StoreError>;
 }

@@ -11,7 +11,7 @@
 //! | `accounts` | account 16 | `AccountRecord` | yes |
 //! | `identities` | `user@realm`, byte 0, account 16 | nothing | yes |
 //! | `device_keys` | account 16, device 1 | `DeviceKeys` | yes |
-//! | `group_heads` | group 16 | `GroupHead` | yes |
+//! | `group_heads` | group 16 | `GroupHead` (see [`encode_group_head`]) | yes |
 //! | `group_rosters` | group 16 | `GroupRoster` | yes |
 //! | `group_infos` | group 16 | the bytes | yes |
 //! | `group_snapshots` | group 16, epoch 8 | the bytes | yes |

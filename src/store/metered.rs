@@ -186,4 +186,8 @@ impl GroupStore for Metered<dyn GroupStore> {
     async fn groups_expired(&self, before: UnixMillis, after: Option<GroupId>, max: usize) -> Result<Vec<(GroupId, Seq)>, StoreError> {
         timed(StoreCall::Expired, self.0.groups_expired(before, after, max)).await
     }
+
+    async fn group_heads(&self, after: Option<GroupId>, max: usize) -> Result<Vec<(GroupId, GroupHead)>, StoreError> {
+        timed(StoreCall::GroupHeads, self.0.group_heads(after, max)).await
+    }
 }

@@ -228,4 +228,9 @@ impl<S: GroupStore> GroupStore for Mirrored<S> {
     async fn groups_expired(&self, before: UnixMillis, after: Option<GroupId>, max: usize) -> Result<Vec<(GroupId, Seq)>, StoreError> {
         self.views[0].groups_expired(before, after, max).await
     }
+
+    /// Of the first view, likewise.
+    async fn group_heads(&self, after: Option<GroupId>, max: usize) -> Result<Vec<(GroupId, GroupHead)>, StoreError> {
+        self.views[0].group_heads(after, max).await
+    }
 }

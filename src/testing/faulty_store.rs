@@ -263,6 +263,9 @@ impl GroupStore for FaultyStore {
     async fn groups_expired(&self, before: UnixMillis, after: Option<GroupId>, max: usize) -> Result<Vec<(GroupId, Seq)>, StoreError> {
         self.run(Call::ReadGroups, self.inner.groups.groups_expired(before, after, max)).await
     }
+    async fn group_heads(&self, after: Option<GroupId>, max: usize) -> Result<Vec<(GroupId, GroupHead)>, StoreError> {
+        self.run(Call::ReadGroups, self.inner.groups.group_heads(after, max)).await
+    }
 }
 
 #[async_trait]

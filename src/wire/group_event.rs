@@ -85,6 +85,22 @@ pub enum GroupEventBody<'a> {
         /// The last of them.
         to: Seq,
     },
+    /// A part of the group as a projector had it, which alone says this: from here a view goes on that does not know the group, or missed some
+    /// of it, because the log has not kept all of it. Whoever knows the group takes nothing from it.
+    State {
+        /// What stands before this position went into it.
+        next: Seq,
+        /// The last event that did.
+        applied: Seq,
+        /// The epoch.
+        epoch: u64,
+        /// Which part of the bytes, from 0; the last one makes it whole.
+        part: u16,
+        /// How many parts there are; all have the same `at` and `next`.
+        parts: u16,
+        /// See `projector::groups::carried`.
+        bytes: &'a [u8],
+    },
 }
 
 #[cfg(test)]
@@ -117,6 +133,7 @@ mod tests {
             GroupEventBody::EdgeAttached { edge },
             GroupEventBody::EdgeDetached { edge },
             GroupEventBody::Expired { to: Seq(number) },
+            GroupEventBody::State { next: Seq(number), applied: Seq(number / 2), epoch: number / 3, part: 1, parts: 2, bytes },
         ]
     }
 
@@ -125,7 +142,7 @@ mod tests {
     fn bytes_of_events_are_stable() {
         let by = [&[7; 16][..], &[3]].concat();
         let edge = vec![8; 16];
-        let golden: [(u8, Vec<u8>); 10] = [
+        let golden: [(u8, Vec<u8>); 11] = [
             (0, [&by[..], &[2, b'x', b'y', 1, b't']].concat()),
             (1, [&by[..], &[2, b'x', b'y', 1, 2, b'x', b'y', 1, b'i']].concat()),
             (1, [&by[..], &[1, b'c', 0, 2, b'x', b'y']].concat()),
@@ -136,6 +153,7 @@ mod tests {
             (6, edge.clone()),
             (7, edge),
             (8, vec![5]),
+            (9, vec![5, 2, 1, 1, 2, 2, b'x', b'y']),
         ];
         for (body, (kind, rest)) in bodies(b"xy", 5).into_iter().zip(golden) {
             let want = [&[VERSION][..], &[9; 16], &[1, 0, kind], &rest].concat();
@@ -157,7 +175,7 @@ mod tests {
         }
 
         #[test]
-        fn arbitrary_bytes_never_panic(rest in prop::collection::vec(any::<u8>(), 0..400), kind in 0u8..10) {
+        fn arbitrary_bytes_never_panic(rest in prop::collection::vec(any::<u8>(), 0..400), kind in 0u8..11) {
             let _ = decode::<GroupEvent<'_>>(&rest);
             let bytes = [&[VERSION][..], &[9; 16], &[1, 0, kind], &rest].concat();
             let _ = decode::<GroupEvent<'_>>(&bytes);

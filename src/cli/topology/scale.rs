@@ -151,7 +151,7 @@ async fn open(log: &KafkaLog, options: &KafkaOptions, layout: &Layout, count: u1
     wait_for("the brokers to show the new partitions", SEEN_WITHIN, async || Ok(inbox_partitions(options).await? >= usize::from(total)))
         .await?;
     bar.set_message("waiting for the projectors to share them out");
-    let watch = GroupWatch::new(options, GROUP)?;
+    let watch = GroupWatch::new(options, &[(Topic::Inbox, GROUP)])?;
     let owned = wait_for("the projectors", OWNED_WITHIN, async || {
         let group = watch.group().await?;
         let owned = group.members.iter().flat_map(|member| &member.partitions);

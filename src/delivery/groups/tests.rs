@@ -84,6 +84,8 @@ impl Memory {
             snapshot_epoch: epoch,
             snapshot_at: Seq(head),
             applied: Seq(head),
+            stated: UnixMillis(1),
+            stated_at: Seq(1),
         };
         self.groups.lock().insert(GROUP, (head, roster(epoch, accounts)));
     }
@@ -134,6 +136,9 @@ impl GroupStore for Memory {
         Ok(vec![GROUP])
     }
     async fn groups_expired(&self, _: UnixMillis, _: Option<GroupId>, _: usize) -> Result<Vec<(GroupId, Seq)>, StoreError> {
+        Ok(vec![])
+    }
+    async fn group_heads(&self, _: Option<GroupId>, _: usize) -> Result<Vec<(GroupId, GroupHead)>, StoreError> {
         Ok(vec![])
     }
 }

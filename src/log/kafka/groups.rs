@@ -64,38 +64,34 @@ impl Position {
     }
 }
 
-/// A look at a group of consumers; one connection for any number of questions.
+/// A look at groups of consumers; one connection a topic for any number of questions.
 pub struct GroupWatch {
-    /// One for each topic that is consumed, since each has a group of its own.
-    drivers: Vec<(Topic, Arc<BaseConsumer<DefaultConsumerContext>>)>,
+    /// One for each topic that is consumed and its group, since each has one of its own.
+    drivers: Vec<(Topic, String, Arc<BaseConsumer<DefaultConsumerContext>>)>,
     options: KafkaOptions,
-    group: String,
 }
 
-/// What groups consume.
-const CONSUMED: [Topic; 2] = [Topic::Inbox, Topic::Directory];
-
 impl GroupWatch {
-    /// Of a group by its name, without the prefix.
-    pub fn new(options: &KafkaOptions, group: &str) -> Result<Self, KafkaAdminError> {
-        let mut drivers = Vec::with_capacity(CONSUMED.len());
-        for topic in CONSUMED {
-            let config = options.reader(&group_of(group, topic));
-            let driver = BaseConsumer::from_config_and_context(&config, DefaultConsumerContext).map_err(|error| failed(&error))?;
-            drivers.push((topic, Arc::new(driver)));
+    /// Of topics, each with the name of the group that consumes it (as [`EventLog::consumer`](crate::log::EventLog::consumer) is asked for it).
+    pub fn new(options: &KafkaOptions, consumed: &[(Topic, &str)]) -> Result<Self, KafkaAdminError> {
+        let mut drivers = Vec::with_capacity(consumed.len());
+        for (topic, group) in consumed {
+            let group = group_of(group, *topic);
+            let driver = BaseConsumer::from_config_and_context(&options.reader(&group), DefaultConsumerContext);
+            drivers.push((*topic, group, Arc::new(driver.map_err(|error| failed(&error))?)));
         }
-        Ok(Self { drivers, options: options.clone(), group: group.to_owned() })
+        Ok(Self { drivers, options: options.clone() })
     }
 
     /// Who is in it, and who owns what.
     pub async fn group(&self) -> Result<Group, KafkaAdminError> {
-        let (drivers, options, group) = (self.drivers.clone(), self.options.clone(), self.group.clone());
+        let (drivers, options) = (self.drivers.clone(), self.options.clone());
         blocking(move || {
             let mut all = Group::default();
             // By the name that a process gives to all its consumers.
             let mut clients: Vec<String> = Vec::new();
-            for (topic, driver) in drivers {
-                let group = format!("{}{}", options.prefix, group_of(&group, topic));
+            for (_, group, driver) in drivers {
+                let group = format!("{}{group}", options.prefix);
                 let list = driver.client().fetch_group_list(Some(&group), CALL).map_err(|error| failed(&error))?;
                 let Some(found) = list.groups().iter().find(|one| one.name() == group) else { continue };
                 if all.state.is_empty() || all.state == STABLE {
@@ -129,9 +125,9 @@ impl GroupWatch {
             .collect();
         let drivers = self.drivers.clone();
         blocking(move || {
-            let Some((_, any)) = drivers.first() else { return Ok(BTreeMap::new()) };
+            let Some((.., any)) = drivers.first() else { return Ok(BTreeMap::new()) };
             let mut committed = Vec::with_capacity(drivers.len());
-            for (topic, driver) in &drivers {
+            for (topic, _, driver) in &drivers {
                 let mut list = TopicPartitionList::new();
                 for (of, name) in all.iter().filter(|(of, _)| of.topic == *topic) {
                     list.add_partition(name, i32::from(of.partition.0));

@@ -24,6 +24,10 @@ use crate::store::groups::{GroupHead, GroupItem, GroupItemKind, GroupRoster, Gro
 use crate::wire::event;
 use crate::wire::group_event::{GroupEvent, GroupEventBody};
 
+mod begin;
+
+pub use begin::{begin, is_state, lacks};
+
 /// What a device was added with: for its account's inbox.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Invitation {
@@ -100,6 +104,8 @@ pub struct Group {
     dirty: Dirty,
     /// Merging failed half way.
     lost: bool,
+    /// It was closed, and nothing of it is left to read.
+    over: bool,
 }
 
 /// Which rows differ from the store.
@@ -164,6 +170,9 @@ pub fn apply(group: &mut Option<Group>, met: Met<'_>, tools: Tools<'_>, effects:
         (_, None) => Some(Err(GroupVerdict::NotFound)),
         (_, Some(group)) => group.meet(met, tools, effects),
     };
+    if group.as_ref().is_some_and(|group| group.over) {
+        *group = None;
+    }
     if let (Some(request), Some(verdict)) = (reply_to, verdict) {
         let verdict = verdict.map_or_else(|refused| refused, |(seq, epoch)| GroupVerdict::Done { seq, epoch });
         effects.pushes.push((request.edge, Push::GroupVerdict { request: *request, verdict }));
@@ -204,6 +213,8 @@ fn create(
         snapshot_epoch: 0,
         snapshot_at: met.at,
         applied: Seq::ZERO,
+        stated: met.event.at,
+        stated_at: met.at,
     };
     let mut group = Group::new(met.event.group, head, roster_of(&roster, 0));
     effects.write.trees.push((group.id, 0, met.at, tree.to_vec()));
@@ -229,6 +240,7 @@ impl Group {
             stored: BTreeMap::new(),
             dirty: Dirty::default(),
             lost: false,
+            over: false,
         }
     }
 
@@ -361,6 +373,18 @@ impl Group {
                     self.head.expired_to = to;
                     self.touched(met);
                     effects.write.drop_to.push((self.id, to));
+                    if self.head.closed && to >= self.head.head {
+                        effects.write.members.extend(self.accounts().into_iter().map(|account| (account, self.id, met.at, false)));
+                        effects.write.removed.push((self.id, met.at));
+                        self.over = true;
+                    }
+                }
+                None
+            }
+            GroupEventBody::State { .. } => {
+                if !self.head.closed && is_state(met.event, met.at) {
+                    (self.head.stated, self.head.stated_at) = (met.event.at, met.at);
+                    self.touched(met);
                 }
                 None
             }
@@ -491,6 +515,9 @@ impl Group {
         state.proposals.push((met.at, leaf, proposal.to_vec()));
         self.dirty.state = Some(met.at);
         self.item(met, GroupItemKind::Proposal, Some(by), ClientMessageId(0), epoch, event::share(met.payload, proposal), effects);
+        if self.is_abandoned() {
+            effects.follow_ups.push((self.id, Vec::new()));
+        }
         Ok((met.at, epoch))
     }
 
@@ -539,8 +566,16 @@ impl Group {
         tools.key.is_some_and(listens)
     }
 
+    /// Whether all its devices are gone or asked to leave: nobody is left who would commit that.
+    fn is_abandoned(&self) -> bool {
+        let Some(Ok((state, roster))) = self.state.as_ref().map(|state| state.public.roster().map(|roster| (state, roster))) else {
+            return false;
+        };
+        roster.leaves.iter().all(|(leaf, device)| self.head.gone.contains(device) || state.proposed(*leaf).is_some())
+    }
+
     /// Proposes to remove the first of the devices that are gone for which that was not done in this epoch, and asks for another turn if there
-    /// are more.
+    /// are more. If nobody else is left the group ends instead.
     fn devices_gone(&mut self, met: Met<'_>, devices: &[DeviceAddr], tools: Tools<'_>, effects: &mut Effects) {
         let new: Vec<DeviceAddr> = devices.iter().copied().filter(|device| self.has(*device) && !self.head.gone.contains(device)).collect();
         if !new.is_empty() {
@@ -548,6 +583,10 @@ impl Group {
             self.head.gone.sort_unstable();
             self.head.gone.dedup();
             self.touched(met);
+        }
+        if self.is_abandoned() {
+            self.end(met, None, effects);
+            return;
         }
         let (Some(key), true, Some(state)) = (tools.key, self.server_speaks(tools), &mut self.state) else { return };
         let Ok(roster) = state.public.roster() else { return };
@@ -576,13 +615,17 @@ impl Group {
         if !self.has(by) || self.roster.owner != Some(by.account) {
             return Err(denied("only the owner closes a group"));
         }
+        self.end(met, Some(by), effects);
+        Ok((met.at, self.head.epoch))
+    }
+
+    fn end(&mut self, met: Met<'_>, by: Option<DeviceAddr>, effects: &mut Effects) {
         self.head.closed = true;
-        self.item(met, GroupItemKind::Closed, Some(by), ClientMessageId(0), self.head.epoch, Bytes::new(), effects);
+        self.item(met, GroupItemKind::Closed, by, ClientMessageId(0), self.head.epoch, Bytes::new(), effects);
         (self.head.edges, self.head.gone) = (Vec::new(), Vec::new());
         (self.state, self.marks, self.begun_by) = (None, BTreeMap::new(), None);
         (self.dirty.state, self.dirty.info) = (None, None);
         effects.write.closed.push((self.id, met.at));
-        Ok((met.at, self.head.epoch))
     }
 }
 

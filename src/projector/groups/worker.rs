@@ -20,6 +20,7 @@ use tokio::time::Instant;
 
 use super::apply::{self, Effects, Group, Invitation, Met, Tools};
 use super::saved::State;
+use super::stating::Stating;
 use crate::clock::{Clock, Random, UnixMillis};
 use crate::ids::{AccountId, DeviceAddr, Generation, GroupId, Offset, Partition, Seq};
 use crate::limits;
@@ -43,12 +44,27 @@ pub const GROUP: &str = "groups";
 const SLICE: Duration = Duration::from_millis(20);
 /// How long a position may wait for the next batch.
 const POSITION_DELAY: Duration = Duration::from_millis(500);
-/// How often expired items are looked for.
-const EXPIRY: Duration = Duration::from_secs(3600);
 /// Store reads at once.
 const READS_AT_ONCE: usize = 64;
 /// Items read at once where a crash may have left some ahead.
 const STORED_PAGE: usize = 1_024;
+
+/// How often a worker looks at what time does.
+#[derive(Debug, Clone, Copy)]
+pub struct Looks {
+    /// After its start, for the first time.
+    pub first: Duration,
+    /// For items that expired.
+    pub expiry: Duration,
+    /// For groups whose state is old ([`limits::GROUP_WALK_MS`]).
+    pub states: Duration,
+}
+
+impl Default for Looks {
+    fn default() -> Self {
+        Self { first: Duration::from_secs(60), expiry: Duration::from_secs(3600), states: Duration::from_millis(limits::GROUP_WALK_MS) }
+    }
+}
 
 /// What the worker works with.
 #[derive(Clone)]
@@ -115,8 +131,8 @@ impl Parts {
     }
 }
 
-struct Owned {
-    next: Offset,
+pub(super) struct Owned {
+    pub(super) next: Offset,
     /// Where the log ended when the partition was assigned.
     end_at_start: Offset,
 }
@@ -130,9 +146,9 @@ struct Position {
 
 /// One projector of groups. Owns the partitions that its consumer is assigned.
 pub struct Worker {
-    parts: Parts,
-    owned: BTreeMap<Partition, Owned>,
-    groups: HashMap<GroupId, Kept>,
+    pub(super) parts: Parts,
+    pub(super) owned: BTreeMap<Partition, Owned>,
+    pub(super) groups: HashMap<GroupId, Kept>,
     /// What the groups in memory cost.
     bytes: usize,
     /// Batches so far: what was not used for long goes first.
@@ -142,11 +158,13 @@ pub struct Worker {
     /// Records before these were applied to an earlier view: what followed from them is on the log already.
     quiet_before: HashMap<Partition, Offset>,
     /// It makes a view that nobody looks at yet.
-    shadow: bool,
+    pub(super) shadow: bool,
+    looks: Looks,
+    pub(super) stating: Stating,
 }
 
-struct Kept {
-    group: Option<Group>,
+pub(super) struct Kept {
+    pub(super) group: Option<Group>,
     cost: usize,
     used: u64,
 }
@@ -165,6 +183,8 @@ impl Worker {
             progress,
             quiet_before: HashMap::new(),
             shadow: false,
+            looks: Looks::default(),
+            stating: Stating::default(),
         };
         (worker, receiver)
     }
@@ -181,12 +201,20 @@ impl Worker {
         self
     }
 
+    /// Looks at what time does as often as this.
+    pub const fn looking(mut self, looks: Looks) -> Self {
+        self.looks = looks;
+        self
+    }
+
     /// Works until `stop` turns true, then writes its position. Returns early only with an error.
     pub async fn run(mut self, mut stop: watch::Receiver<bool>) -> Result<(), WorkerError> {
         let mut consumer = self.parts.log.consumer(GROUP, &[Topic::Groups]).await?;
-        let mut expire_at = Instant::now() + Duration::from_secs(60);
+        let mut expire_at = Instant::now() + self.looks.first;
+        let mut walk_at = expire_at;
         loop {
-            let due = self.position.as_ref().map_or(expire_at, |position| position.due.min(expire_at));
+            let position = self.position.as_ref().map(|position| position.due);
+            let due = position.into_iter().chain(self.stating.due()).fold(expire_at.min(walk_at), Instant::min);
             tokio::select! {
                 biased;
                 () = async { let _ = stop.wait_for(|stop| *stop).await; } => break,
@@ -198,9 +226,14 @@ impl Worker {
                 self.write_position(consumer.as_mut()).await?;
             }
             if expire_at <= now {
-                expire_at = now + EXPIRY;
+                expire_at = now + self.looks.expiry;
                 self.expire().await?;
             }
+            if walk_at <= now {
+                walk_at = now + self.looks.states;
+                self.begin_walk().await?;
+            }
+            self.say_states().await?;
         }
         self.write_position(consumer.as_mut()).await
     }
@@ -271,26 +304,50 @@ impl Worker {
             let (mut effects, begun, mut touched) = (Effects::default(), std::time::Instant::now(), BTreeSet::new());
             let mut last = Offset(0);
             while let Some((record, event)) = rest.next_if(|_| begun.elapsed() < SLICE) {
-                self.needs_state(event).await?;
-                let tools = Tools { key: self.parts.key.as_deref(), random: self.parts.random.as_ref() };
-                let at = Seq::at(Generation(0), record.offset);
-                let met = Met { at, appended: record.appended, event, payload: &record.payload };
-                let is_quiet = self.shadow || self.quiet_before.get(&tp.partition).is_some_and(|before| record.offset < *before);
-                let (invitations, follow_ups) = (effects.invitations.len(), effects.follow_ups.len());
-                let kept = self.groups.entry(event.group).or_insert(Kept { group: None, cost: 0, used: 0 });
-                apply::apply(&mut kept.group, met, tools, &mut effects);
-                if is_quiet {
-                    effects.invitations.truncate(invitations);
-                    effects.follow_ups.truncate(follow_ups);
+                if apply::is_state(event, Seq::at(Generation(0), record.offset)) {
+                    self.stating.met(event.group);
+                    if apply::lacks(self.kept(event.group).group.as_ref(), event) {
+                        self.begin_from(tp, record, event, &mut effects).await?;
+                    }
                 }
-                kept.used = self.turn;
+                self.apply_one(tp, record, event, &mut effects).await?;
                 touched.insert(event.group);
                 last = record.offset;
             }
             metrics::observe_group_commits(effects.commits[0], effects.commits[1], begun.elapsed());
             self.write(tp.partition, last, &touched, effects).await?;
+            self.ask_for_states(touched.iter());
         }
         self.trim(events.iter().map(|event| event.group).collect());
+        Ok(())
+    }
+
+    /// What is kept of a group that is met in this batch.
+    pub(super) fn kept(&mut self, id: GroupId) -> &mut Kept {
+        let kept = self.groups.entry(id).or_insert(Kept { group: None, cost: 0, used: 0 });
+        kept.used = self.turn;
+        kept
+    }
+
+    pub(super) async fn apply_one(
+        &mut self,
+        tp: TopicPartition,
+        record: &Record,
+        event: &GroupEvent<'_>,
+        effects: &mut Effects,
+    ) -> Result<(), WorkerError> {
+        self.needs_state(event).await?;
+        let is_quiet = self.shadow || self.quiet_before.get(&tp.partition).is_some_and(|before| record.offset < *before);
+        let (invitations, follow_ups) = (effects.invitations.len(), effects.follow_ups.len());
+        let (key, random) = (self.parts.key.clone(), Arc::clone(&self.parts.random));
+        let tools = Tools { key: key.as_deref(), random: random.as_ref() };
+        let at = Seq::at(Generation(0), record.offset);
+        let met = Met { at, appended: record.appended, event, payload: &record.payload };
+        apply::apply(&mut self.kept(event.group).group, met, tools, effects);
+        if is_quiet {
+            effects.invitations.truncate(invitations);
+            effects.follow_ups.truncate(follow_ups);
+        }
         Ok(())
     }
 
@@ -319,12 +376,13 @@ impl Worker {
             // A snapshot takes the place of the one before it, which the head still names.
             let snapshots = std::mem::take(&mut write.snapshots);
             let (heads, closed) = (std::mem::take(&mut write.heads), std::mem::take(&mut write.closed));
+            let removed = std::mem::take(&mut write.removed);
             retry(|| groups.write_groups(write.clone())).await?;
             self.parts.invite(std::mem::take(&mut effects.invitations)).await?;
             for (group, devices) in std::mem::take(&mut effects.follow_ups) {
                 append_group(self.parts.log.as_ref(), group, self.parts.clock.now(), GroupEventBody::DevicesGone { devices }).await?;
             }
-            write = GroupWrite { snapshots, heads, closed, ..GroupWrite::default() };
+            write = GroupWrite { snapshots, heads, closed, removed, ..GroupWrite::default() };
         }
         if write != GroupWrite::default() {
             retry(|| groups.write_groups(write.clone())).await?;
@@ -482,7 +540,12 @@ pub(in crate::projector) async fn append_group(
 }
 
 /// A group as the store has it, with the items from this event on, which only a crash can have left there.
-async fn load_group(groups: &dyn GroupStore, id: GroupId, first: Offset, random: &dyn Random) -> Result<Option<Group>, WorkerError> {
+pub(super) async fn load_group(
+    groups: &dyn GroupStore,
+    id: GroupId,
+    first: Offset,
+    random: &dyn Random,
+) -> Result<Option<Group>, WorkerError> {
     let Some(head) = retry(|| groups.group(id)).await? else { return Ok(None) };
     let roster = retry(|| groups.group_roster(id)).await?;
     let roster = roster.ok_or_else(|| StoreError::Corrupt("a group without a roster".to_owned()))?;
@@ -500,7 +563,7 @@ async fn load_group(groups: &dyn GroupStore, id: GroupId, first: Offset, random:
 }
 
 /// The public state that its head names, and the commit that began its epoch.
-async fn load_state(groups: &dyn GroupStore, id: GroupId, group: &mut Group, random: &dyn Random) -> Result<(), WorkerError> {
+pub(super) async fn load_state(groups: &dyn GroupStore, id: GroupId, group: &mut Group, random: &dyn Random) -> Result<(), WorkerError> {
     let corrupt = |why: &str| WorkerError::Store(StoreError::Corrupt(why.to_owned()));
     let head = &group.head;
     let (epoch, began) = (head.snapshot_epoch, head.snapshot_at);

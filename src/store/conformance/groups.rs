@@ -44,6 +44,8 @@ pub fn head(applied: u64) -> GroupHead {
         snapshot_epoch: 0,
         snapshot_at: Seq(1),
         applied: Seq(applied),
+        stated: UnixMillis(1),
+        stated_at: Seq(1),
     }
 }
 
@@ -66,6 +68,8 @@ pub async fn groups(fixture: &dyn Fixture) -> Outcome {
         snapshot_epoch: 7,
         snapshot_at: Seq(40),
         applied: Seq(71),
+        stated: UnixMillis(6),
+        stated_at: Seq(55),
     };
     let roster = GroupRoster {
         epoch: 9,
@@ -212,6 +216,40 @@ pub async fn group_states(fixture: &dyn Fixture) -> Outcome {
     assert_eq!(store.group_snapshot(other, 32).await?, Some(vec![32].into()), "another group");
     assert!(store.group_info(other).await?.is_some() && store.group_tree(other, 32).await?.is_some());
     assert!(store.group_marks(other, vec![device(1, 1)]).await?[0].is_some());
+    // Its last item expires, and nothing is left of it.
+    let gone = GroupWrite {
+        members: vec![(account(20), one, Seq(60), false)],
+        drop_to: vec![(one, Seq(50))],
+        removed: vec![(one, Seq(60))],
+        ..Default::default()
+    };
+    store.write_groups(gone).await?;
+    assert_eq!((store.group(one).await?, store.group_roster(one).await?), (None, None));
+    assert_eq!((all(&*store, one).await?, store.groups_of(account(20), None, 9).await?), (vec![], vec![]));
+    assert!(store.group(other).await?.is_some(), "another group");
+    // The id may be used again.
+    store.write_groups(GroupWrite { heads: vec![(one, head(70))], ..Default::default() }).await?;
+    assert_eq!(store.group(one).await?, Some(head(70)));
+    Ok(())
+}
+
+/// The walk over all groups meets each once.
+pub async fn group_walk(fixture: &dyn Fixture) -> Outcome {
+    let store = fixture.open().await.groups;
+    let heads: BTreeMap<GroupId, GroupHead> = (500..540).map(|number| (group(number), head(number))).collect();
+    store.write_groups(GroupWrite { heads: heads.clone().into_iter().collect(), ..Default::default() }).await?;
+    let (mut found, mut after) = (BTreeMap::new(), None);
+    loop {
+        let page = store.group_heads(after, 7).await?;
+        assert!(page.len() <= 7);
+        let Some((last, _)) = page.last() else { break };
+        after = Some(*last);
+        for (group, head) in page {
+            assert!(found.insert(group, head).is_none(), "a group is met once");
+        }
+    }
+    found.retain(|group, _| heads.contains_key(group));
+    assert_eq!(found, heads);
     Ok(())
 }
 
@@ -275,7 +313,7 @@ pub async fn group_expiry(fixture: &dyn Fixture) -> Outcome {
 /// For stores that several projectors reach: what a projector writes that lost its partition without knowing changes nothing.
 pub async fn late_group_writes_lose(fixture: &dyn Fixture) -> Outcome {
     let store = fixture.open().await.groups;
-    let (one, closed) = (group(400), group(401));
+    let (one, closed, removed) = (group(400), group(401), group(402));
     let write = |epoch: u64, at: u64| GroupWrite {
         snapshots: vec![(one, epoch, Seq(at), vec![epoch as u8])],
         infos: vec![(one, Seq(at), vec![epoch as u8])],
@@ -291,6 +329,7 @@ pub async fn late_group_writes_lose(fixture: &dyn Fixture) -> Outcome {
             members: vec![(account(401), one, Seq(30), false), (account(402), one, Seq(30), true)],
             drop_to: vec![(one, Seq(10))],
             closed: vec![(closed, Seq(30))],
+            removed: vec![(removed, Seq(30))],
             ..write(5, 30)
         })
         .await?;
@@ -306,6 +345,8 @@ pub async fn late_group_writes_lose(fixture: &dyn Fixture) -> Outcome {
         snapshots: vec![(closed, 3, Seq(20), vec![3])],
         infos: vec![(closed, Seq(20), vec![3])],
         marks: vec![(closed, device(1, 1), Mark { high: 1, seen: 1, applied: Seq(20) })],
+        rosters: vec![(removed, Seq(20), GroupRoster::default())],
+        heads: vec![(removed, head(20))],
         ..Default::default()
     };
     store.write_groups(old).await?;
@@ -320,5 +361,6 @@ pub async fn late_group_writes_lose(fixture: &dyn Fixture) -> Outcome {
     assert_eq!((store.group_tree(one, 1).await?, store.group_tree(closed, 1).await?), (None, None));
     assert_eq!((store.group_snapshot(closed, 3).await?, store.group_info(closed).await?), (None, None));
     assert_eq!(store.group_marks(closed, vec![device(1, 1)]).await?, vec![None]);
+    assert_eq!((store.group(removed).await?, store.group_roster(removed).await?), (None, None));
     Ok(())
 }

@@ -71,12 +71,9 @@ impl GroupStore for CqlStore {
         self.put_group_marks(&write.marks).await?;
         let drops = write.drop_to.iter().zip(settled);
         all(gather(drops.map(|((id, to), head)| self.drop_group_items(id, head.map(|head| head.expired_to), *to)))).await?;
-        all(gather(
-            write
-                .heads
-                .iter()
-                .map(|(id, head)| self.execute(&on.group_head_put, (&id.as_bytes()[..], keyspace::encode(head), number(head.applied.0)))),
-        ))
+        all(gather(write.heads.iter().map(|(id, head)| {
+            self.execute(&on.group_head_put, (&id.as_bytes()[..], keyspace::encode_group_head(head), number(head.applied.0)))
+        })))
         .await?;
         // Only now do the heads name the new ones.
         all(gather(
@@ -86,6 +83,7 @@ impl GroupStore for CqlStore {
         ))
         .await?;
         all(gather(write.closed.iter().map(|(id, at)| self.close_group(id, *at)))).await?;
+        all(gather(write.removed.iter().map(|(id, at)| self.remove_group(id, *at)))).await?;
         match write.position {
             Some((partition, next)) => self.put_position(keyspace::TOPIC_GROUPS, partition, next).await,
             None => Ok(()),
@@ -95,7 +93,7 @@ impl GroupStore for CqlStore {
     async fn group(&self, id: GroupId) -> Result<Option<GroupHead>, StoreError> {
         let rows = self.rows(&self.statements.group_head_get, (&id.as_bytes()[..],)).await?;
         let row = rows.maybe_first_row::<(&[u8],)>().map_err(|error| corrupt(&error))?;
-        row.map(|(head,)| keyspace::decode(head, "a group")).transpose()
+        row.map(|(head,)| keyspace::decode_group_head(head)).transpose()
     }
 
     async fn group_roster(&self, id: GroupId) -> Result<Option<GroupRoster>, StoreError> {
@@ -180,6 +178,21 @@ impl GroupStore for CqlStore {
             after = Some(last);
         }
         Ok(found)
+    }
+
+    /// In the order of the servers' tokens.
+    async fn group_heads(&self, after: Option<GroupId>, max: usize) -> Result<Vec<(GroupId, GroupHead)>, StoreError> {
+        let max = i32::try_from(max.min(limits::CQL_PAGE_ROWS)).unwrap_or(i32::MAX);
+        let rows = match after {
+            None => self.rows(&self.statements.group_heads_first, (max,)).await?,
+            Some(after) => self.rows(&self.statements.group_heads_behind, (&after.as_bytes()[..], max)).await?,
+        };
+        let heads = rows.rows::<(&[u8], &[u8])>().map_err(|error| corrupt(&error))?;
+        let one = |row: Result<(&[u8], &[u8]), scylla::errors::DeserializationError>| {
+            let (id, head) = row.map_err(|error| corrupt(&error))?;
+            Ok((parse(id)?, keyspace::decode_group_head(head)?))
+        };
+        heads.map(one).collect()
     }
 }
 
@@ -309,6 +322,11 @@ impl CqlStore {
     async fn close_group(&self, id: &GroupId, at: Seq) -> Result<(), StoreError> {
         let on = &self.statements;
         let parts = [&on.group_snapshots_drop, &on.group_trees_drop, &on.group_marks_drop, &on.group_info_drop];
+        all(gather(parts.into_iter().map(|part| self.execute(part, (number(at.0), &id.as_bytes()[..]))))).await
+    }
+
+    async fn remove_group(&self, id: &GroupId, at: Seq) -> Result<(), StoreError> {
+        let parts = [&self.statements.group_head_drop, &self.statements.group_roster_drop];
         all(gather(parts.into_iter().map(|part| self.execute(part, (number(at.0), &id.as_bytes()[..]))))).await
     }
 

@@ -70,7 +70,7 @@ impl GroupStore for EmbeddedStore {
         let view = self.view();
         blocking(move || {
             let value = view.groups.heads.get(id.as_bytes()).map_err(unavailable)?;
-            value.map(|value| keyspace::decode(&value, "a group")).transpose()
+            value.map(|value| keyspace::decode_group_head(&value)).transpose()
         })
         .await
     }
@@ -141,6 +141,21 @@ impl GroupStore for EmbeddedStore {
     async fn groups_expired(&self, before: UnixMillis, after: Option<GroupId>, max: usize) -> Result<Vec<(GroupId, Seq)>, StoreError> {
         let view = self.view();
         blocking(move || view.groups_expired(before, after, max)).await
+    }
+
+    async fn group_heads(&self, after: Option<GroupId>, max: usize) -> Result<Vec<(GroupId, GroupHead)>, StoreError> {
+        let view = self.view();
+        blocking(move || {
+            let from = after.as_ref().map_or(Bound::Unbounded, |id| Bound::Excluded(*id.as_bytes()));
+            let rows = view.db.snapshot().range(&view.groups.heads, (from, Bound::Unbounded));
+            let one = |row: fjall::Guard| {
+                let (key, value) = row.into_inner().map_err(unavailable)?;
+                let id = GroupId::from_slice(&key).map_err(|error| StoreError::Corrupt(error.to_string()))?;
+                Ok((id, keyspace::decode_group_head(&value)?))
+            };
+            rows.take(max).map(one).collect()
+        })
+        .await
     }
 }
 
@@ -234,10 +249,17 @@ impl View {
             }
         }
         for (group, head) in &write.heads {
-            batch.insert(&groups.heads, group.as_bytes(), keyspace::encode(head));
+            batch.insert(&groups.heads, group.as_bytes(), keyspace::encode_group_head(head));
         }
         for (group, _) in &write.closed {
             self.close_group(*group, write, &mut batch)?;
+        }
+        for (group, at) in &write.removed {
+            if write.heads.iter().any(|(of, head)| of == group && head.applied > *at) {
+                continue; // Made anew right behind it.
+            }
+            batch.remove(&groups.heads, group.as_bytes());
+            batch.remove(&groups.rosters, group.as_bytes());
         }
         if let Some((partition, offset)) = write.position {
             batch.insert(&self.positions, keyspace::position(keyspace::TOPIC_GROUPS, partition), keyspace::encode_offset(offset));
@@ -248,7 +270,7 @@ impl View {
     /// Keys of items to drop. The scan starts behind what was dropped before, so that it never walks over its remains.
     fn expired_rows(&self, group: GroupId, to: Seq, expired: &mut Vec<fjall::Slice>) -> Result<(), StoreError> {
         let stored = self.groups.heads.get(group.as_bytes()).map_err(unavailable)?;
-        let stored = stored.map(|value| keyspace::decode::<GroupHead>(&value, "a group")).transpose()?;
+        let stored = stored.map(|value| keyspace::decode_group_head(&value)).transpose()?;
         let settled = stored.map_or(Seq::ZERO, |head| head.expired_to);
         let from = if settled < to { Seq(settled.0 + 1) } else { Seq::ZERO };
         for row in self.groups.items.range(keyspace::group_item(group, from)..=keyspace::group_item(group, to)) {
@@ -299,4 +321,46 @@ fn remove_all(batch: &mut OwnedWriteBatch, keyspace: &Keyspace, rows: fjall::Ite
         batch.remove(keyspace, row.key().map_err(unavailable)?);
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::conformance::{account, group, head};
+
+    /// A folder as an earlier version left it: without anything of groups, or with heads that don't know when their group's state was said.
+    #[tokio::test]
+    async fn folders_of_earlier_versions_go_on() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let store = EmbeddedStore::open(dir.path(), Options::default()).expect("opens");
+        let (one, members) = (group(1), vec![(account(1), group(1), Seq(5), true)]);
+        store.write_groups(GroupWrite { members, ..GroupWrite::default() }).await.expect("writes");
+        let mut value = keyspace::encode_group_head(&head(9));
+        // The first version ends before the two numbers that are one byte each.
+        value.truncate(value.len() - 2);
+        value[0] = 1;
+        store.view().groups.heads.insert(one.as_bytes(), value).expect("writes");
+        drop(store);
+
+        let store = EmbeddedStore::open(dir.path(), Options::default()).expect("opens");
+        let before = GroupHead { stated: UnixMillis(0), stated_at: Seq::ZERO, ..head(9) };
+        assert_eq!(store.group(one).await.expect("reads"), Some(before.clone()));
+        assert_eq!(store.group_heads(None, 9).await.expect("reads"), [(one, before.clone())]);
+        let heads = vec![(one, GroupHead { stated_at: Seq(300), ..before.clone() })];
+        store.write_groups(GroupWrite { heads, ..GroupWrite::default() }).await.expect("writes");
+        assert_eq!(store.group(one).await.expect("reads"), Some(GroupHead { stated_at: Seq(300), ..before }));
+        // Before there were groups.
+        let db = store.view_db.clone();
+        drop(store);
+        for name in KEYSPACES {
+            let keyspace = db.keyspace(name, || keyspace_options(MIB, 4096)).expect("is there");
+            db.delete_keyspace(keyspace).expect("goes");
+        }
+        drop(db);
+        let store = EmbeddedStore::open(dir.path(), Options::default()).expect("opens");
+        assert_eq!(store.group(one).await.expect("reads"), None);
+        assert_eq!(store.groups_of(account(1), None, 9).await.expect("reads"), []);
+        store.write_groups(GroupWrite { heads: vec![(one, head(9))], ..GroupWrite::default() }).await.expect("writes");
+        assert_eq!(store.group(one).await.expect("reads"), Some(head(9)));
+    }
 }

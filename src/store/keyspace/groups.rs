@@ -2,11 +2,11 @@
 
 use bytes::Bytes;
 
-use super::{VERSION, corrupt, device, parse_device};
+use super::{VERSION, corrupt, decode, device, encode, parse_device};
 use crate::clock::UnixMillis;
 use crate::ids::{AccountId, ClientMessageId, DeviceAddr, GroupId, Seq};
 use crate::store::StoreError;
-use crate::store::groups::{GroupItem, GroupItemKind};
+use crate::store::groups::{GroupHead, GroupItem, GroupItemKind};
 
 /// `group ‖ seq`.
 pub fn group_item(group: GroupId, seq: Seq) -> [u8; 24] {
@@ -53,6 +53,27 @@ pub fn group_member(account: AccountId, group: GroupId) -> [u8; 32] {
 pub fn parse_group_member(key: &[u8]) -> Result<GroupId, StoreError> {
     let group = key.get(16..).ok_or_else(|| corrupt("a group member's key"))?;
     GroupId::from_slice(group).map_err(|_| corrupt("a group member's key"))
+}
+
+/// The version byte of heads that say when their group's state was said last; those of version 1 end before that.
+const HEAD_VERSION: u8 = 2;
+
+/// A group's head.
+pub fn encode_group_head(head: &GroupHead) -> Vec<u8> {
+    let mut out = encode(head);
+    out[0] = HEAD_VERSION;
+    out
+}
+
+/// Reads what [`encode_group_head`] wrote, and what was written before there was a second version.
+pub fn decode_group_head(value: &[u8]) -> Result<GroupHead, StoreError> {
+    let (version, rest) = value.split_first().ok_or_else(|| corrupt("a group"))?;
+    let missing: &[u8] = match *version {
+        HEAD_VERSION => &[],
+        VERSION => &[0, 0],
+        _ => return Err(corrupt("a group")),
+    };
+    decode(&[&[VERSION], rest, missing].concat(), "a group")
 }
 
 /// A value that is somebody else's bytes: the version byte before them.
@@ -148,8 +169,7 @@ mod tests {
 
     use super::*;
     use crate::ids::{DeviceId, EdgeId};
-    use crate::store::groups::{GroupHead, GroupRoster};
-    use crate::store::keyspace::{decode, encode};
+    use crate::store::groups::GroupRoster;
 
     fn addr(n: u8, device: u32) -> DeviceAddr {
         DeviceAddr { account: AccountId::from_bytes([n; 16]), device: DeviceId::new(device).expect("valid") }
@@ -193,8 +213,16 @@ mod tests {
             snapshot_epoch: 7,
             snapshot_at: Seq(8),
             applied: Seq(9),
+            stated: UnixMillis(10),
+            stated_at: Seq(11),
         };
-        assert_eq!(encode(&head), [&[1, 1, 2, 3, 4, 1, 0, 1][..], &[6; 16], &[5, 7, 8, 9]].concat());
+        let rest = [&[1, 2, 3, 4, 1, 0, 1][..], &[6; 16], &[5, 7, 8, 9]].concat();
+        assert_eq!(encode_group_head(&head), [&[2][..], &rest, &[10, 11]].concat());
+        // As it was written before: nobody knows when its state was said.
+        let before = GroupHead { stated: UnixMillis(0), stated_at: Seq::ZERO, ..head.clone() };
+        assert_eq!(decode_group_head(&[&[1][..], &rest].concat()).expect("readable"), before);
+        assert_eq!(decode_group_head(&encode_group_head(&head)).expect("readable"), head);
+        assert!(decode_group_head(&[&[3][..], &rest].concat()).is_err() && decode_group_head(&[]).is_err());
         let roster = GroupRoster { epoch: 1, owner: Some(addr(2, 1).account), admins: vec![], devices: vec![addr(3, 4)] };
         assert_eq!(encode(&roster), [&[1, 1, 1][..], &[2; 16], &[0, 1], &[3; 16], &[4]].concat());
     }
@@ -240,7 +268,7 @@ mod tests {
             let _ = parse_group_member(&bytes);
             let _ = group_item_accepted(&bytes);
             let _ = group_tree_at(&bytes);
-            let _ = decode::<GroupHead>(&bytes, "a group");
+            let _ = decode_group_head(&bytes);
             let _ = decode::<GroupRoster>(&bytes, "a roster");
             let _ = decode_group_blob(bytes.clone().into());
             let _ = decode_group_tree(bytes.clone().into());
