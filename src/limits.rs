@@ -55,6 +55,9 @@ pub const KEY_PACKAGE_BYTES: usize = 2 * 1024;
 pub const KEY_PACKAGES_AT_ONCE: usize = 128;
 /// How long a KeyPackage is valid, in seconds: the 84 days that RFC 9420's implementations accept.
 pub const KEY_PACKAGE_LIFETIME_S: u64 = 84 * 24 * 3600;
+/// How long a KeyPackage must still be valid when it is handed out and when it is used, in seconds: as long as a commit is kept (30 days) and
+/// a day, so that who meets the commit late comes to the same verdict.
+pub const KEY_PACKAGE_LEFT_S: u64 = 31 * 24 * 3600;
 /// How far clocks of devices and servers may differ when a KeyPackage's lifetime begins, in seconds.
 pub const KEY_PACKAGE_SKEW_S: u64 = 3600;
 /// Epochs of a group whose messages a member can still read after it moved on: messages sent while commits overtake them.

@@ -605,6 +605,24 @@ async fn a_deleted_account_that_was_just_added_goes_again() -> Result<()> {
     rig.check_rebuild(&accounts(&devices)).await
 }
 
+/// By the record's time, and with as much left as the record is kept: a replay within that time comes to the same verdict.
+#[tokio::test]
+async fn a_key_package_that_would_expire_while_its_commit_is_kept_is_not_added() -> Result<()> {
+    let mut rig = Rig::new()?;
+    let mut devices = group_of(&rig, 2).await?;
+    let mut new = Device::new(7);
+    let package = new.key_package();
+    rig.clock.advance((limits::KEY_PACKAGE_LIFETIME_S - limits::KEY_PACKAGE_LEFT_S + 60) * 1000);
+    let add = Change { add: vec![(new.address, &package)], ..Change::default() };
+    let verdict = devices[0].commit(&rig, &add).await?;
+    assert!(matches!(&verdict, GroupVerdict::Invalid(why) if why.contains("lifetime")), "{verdict:?}");
+    assert!(is_done(&devices[0].commit(&rig, &Change::default()).await?));
+    let later = Rig::new()?;
+    later.clock.advance((limits::KEY_PACKAGE_LIFETIME_S - limits::KEY_PACKAGE_LEFT_S + 60) * 1000);
+    assert!(matches!(Device::new(8).create(&later).await?, GroupVerdict::Invalid(_)), "the creator's leaf likewise");
+    rig.check_rebuild(&accounts(&devices)).await
+}
+
 #[tokio::test]
 async fn expired_items_go_and_the_group_goes_on() -> Result<()> {
     let mut rig = Rig::new()?;

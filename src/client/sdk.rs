@@ -274,7 +274,7 @@ impl Client {
     pub async fn send(&self, to: impl IntoRecipient, kind: Kind) -> Result<MessageId, Error> {
         let to = self.conversation(to).await?;
         let urgent = matches!(kind, Kind::Text(_));
-        if matches!(kind, Kind::Sent(_) | Kind::Retry(_) | Kind::Read(_) | Kind::GroupRead(_) | Kind::Typing(_)) {
+        if matches!(kind, Kind::Sent(_) | Kind::Retry(_) | Kind::Read(_) | Kind::GroupRead(_) | Kind::GroupNameKey(_) | Kind::Typing(_)) {
             return Err(Invalid("this kind has a call of its own").into());
         }
         let send = move |db: &store::Db| match to {

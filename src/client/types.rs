@@ -500,6 +500,22 @@ pub enum Event {
         /// Which.
         group: GroupId,
     },
+    /// A commit that nobody can take in ended the group's epoch: its sender means harm, or its software is broken. This device joins again; what is
+    /// written meanwhile waits. If it happens again, an admin should remove its sender.
+    GroupBroken {
+        /// Which.
+        group: GroupId,
+        /// The epoch that it ended.
+        epoch: u64,
+        /// Whose commit it was, by the server's word.
+        by: Option<AccountId>,
+    },
+    /// This device can't join a group again that it has lost touch with; it goes on trying now and then. A member who may can remove it and
+    /// add it again.
+    GroupStuck {
+        /// Which.
+        group: GroupId,
+    },
     /// A message of a group could not be decrypted; the others have it.
     GroupUndecryptable {
         /// Which group.

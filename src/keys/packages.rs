@@ -98,10 +98,10 @@ fn kept(id: u32, expires: UnixMillis, bytes: &[u8]) -> OneTimeKey {
     OneTimeKey { id, public_key: [&expires.0.to_be_bytes(), bytes].concat(), signature: Vec::new() }
 }
 
-/// The KeyPackage, if it is still valid.
+/// The KeyPackage, if it is valid for long enough to be used.
 fn valid(key: OneTimeKey, now: UnixMillis) -> Option<Vec<u8>> {
     let (expires, bytes) = key.public_key.split_first_chunk::<8>()?;
-    (u64::from_be_bytes(*expires) > now.0).then(|| bytes.to_vec())
+    (u64::from_be_bytes(*expires) >= now.plus(limits::KEY_PACKAGE_LEFT_S * 1000).0).then(|| bytes.to_vec())
 }
 
 impl KeyService {

@@ -169,6 +169,43 @@ fn private_key<K: Kem>(bytes: &[u8]) -> Result<K::PrivateKey, CryptoError> {
     K::PrivateKey::from_bytes(bytes).map_err(|_| CryptoError::InvalidLength)
 }
 
+/// Points of X25519 with which every secret is zero (RFC 7748, section 6.1), the highest bit left out: what would be encrypted to one, HPKE
+/// refuses to encrypt.
+const ZERO_POINTS: [[u8; 32]; 7] = {
+    let mut points = [[0; 32]; 7];
+    points[1][0] = 1;
+    points[2] = [
+        0xe0, 0xeb, 0x7a, 0x7c, 0x3b, 0x41, 0xb8, 0xae, 0x16, 0x56, 0xe3, 0xfa, 0xf1, 0x9f, 0xc4, 0x6a, 0xda, 0x09, 0x8d, 0xeb, 0x9c, 0x32,
+        0xb1, 0xfd, 0x86, 0x62, 0x05, 0x16, 0x5f, 0x49, 0xb8, 0x00,
+    ];
+    points[3] = [
+        0x5f, 0x9c, 0x95, 0xbc, 0xa3, 0x50, 0x8c, 0x24, 0xb1, 0xd0, 0xb1, 0x55, 0x9c, 0x83, 0xef, 0x5b, 0x04, 0x44, 0x5c, 0xc4, 0x58, 0x1c,
+        0x8e, 0x86, 0xd8, 0x22, 0x4e, 0xdd, 0xd0, 0x9f, 0x11, 0x57,
+    ];
+    // The prime less one, the prime, and one more.
+    let mut at = 4;
+    while at < 7 {
+        points[at] = [0xff; 32];
+        points[at][0] = 0xec + (at as u8 - 4);
+        points[at][31] = 0x7f;
+        at += 1;
+    }
+    points
+};
+
+/// Whether something can be encrypted to a public key of a suite's HPKE. A leaf or node of a tree with one that is not would keep others from
+/// ever committing.
+pub fn can_encrypt_to(suite: Ciphersuite, key: &[u8]) -> bool {
+    match suite.hpke_kem_algorithm() {
+        HpkeKemType::DhKem25519 => <[u8; 32]>::try_from(key).is_ok_and(|mut key| {
+            key[31] &= 0x7f;
+            !ZERO_POINTS.contains(&key)
+        }),
+        HpkeKemType::DhKemP256 => public_key::<hpke::kem::DhP256HkdfSha256>(key).is_ok(),
+        _ => false,
+    }
+}
+
 impl OpenMlsCrypto for Crypto<'_> {
     fn supports(&self, ciphersuite: Ciphersuite) -> Result<(), CryptoError> {
         if SUITES.contains(&ciphersuite) { Ok(()) } else { Err(CryptoError::UnsupportedCiphersuite) }
@@ -339,5 +376,30 @@ impl OpenMlsCrypto for Crypto<'_> {
             private.as_mut_slice().zeroize();
             Ok(pair)
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock::SeededRandom;
+
+    #[test]
+    fn keys_that_hpke_refuses_are_known_before() {
+        let random = SeededRandom::new(1);
+        let crypto = Crypto::new(&random);
+        for suite in SUITES {
+            let seals = |key: &[u8]| crypto.hpke_seal(suite.hpke_config(), key, b"", b"", b"text").is_ok();
+            let good = crypto.derive_hpke_keypair(suite.hpke_config(), &[7; 32]).expect("a key pair").public;
+            let mut keys = vec![good.clone(), good[1..].to_vec(), Vec::new(), vec![0xff; good.len()]];
+            for point in ZERO_POINTS {
+                keys.push(point.to_vec());
+                keys.push([&point[..31], &[point[31] | 0x80]].concat());
+            }
+            for key in &keys {
+                assert_eq!(can_encrypt_to(suite, key), seals(key), "{suite:?} {key:02x?}");
+            }
+            assert!(can_encrypt_to(suite, &good));
+        }
     }
 }

@@ -6,7 +6,8 @@ use openmls::prelude::{
 };
 
 use super::credential;
-use super::crypto::{Crypto, SUITES};
+use super::crypto::{Crypto, SUITES, can_encrypt_to};
+use super::framing::Leaf;
 use super::profile::PROFILE;
 use crate::clock::{Random, UnixMillis};
 use crate::ids::DeviceAddr;
@@ -36,6 +37,28 @@ pub enum Invalid {
     /// Its leaf does not say that it supports what every group here needs.
     #[error("its capabilities lack what groups need")]
     Capabilities,
+    /// Nothing can be encrypted to one of its keys.
+    #[error("nothing can be encrypted to its keys")]
+    Keys,
+}
+
+/// Valid whenever it is: nothing is added.
+pub(super) const ALWAYS: (u64, u64) = (0, u64::MAX);
+
+/// Whether something that is valid from and until then (seconds since 1970) may be added to a group at this time. It must stay valid for as long as a
+/// commit is kept and a bit more: openmls compares with the machine's clock whenever a commit is met, be it by a member that was away or in a
+/// replay of the log, and would come to another verdict later.
+pub fn is_timely((not_before, not_after): (u64, u64), at: UnixMillis) -> bool {
+    let at_s = at.0 / 1000;
+    not_before <= at_s.saturating_add(limits::KEY_PACKAGE_SKEW_S) && not_after >= at_s.saturating_add(limits::KEY_PACKAGE_LEFT_S)
+}
+
+/// Whether its keys can be encrypted to.
+pub(super) fn check_keys(key_package: &KeyPackage) -> Result<(), Invalid> {
+    let leaf = key_package.leaf_node().tls_serialize_detached().map_err(|_| Invalid::Malformed)?;
+    let leaf = Leaf::parse(&leaf).map_err(|_| Invalid::Malformed)?;
+    let keys = [leaf.key, key_package.hpke_init_key().as_slice()];
+    if keys.iter().all(|key| can_encrypt_to(key_package.ciphersuite(), key)) { Ok(()) } else { Err(Invalid::Keys) }
 }
 
 /// A KeyPackage that was checked.
@@ -49,6 +72,14 @@ pub struct Checked {
     pub last_resort: bool,
     /// Until when it is valid.
     pub expires: UnixMillis,
+}
+
+impl Checked {
+    /// Whether it may be added to a group now: see [`is_timely`].
+    pub fn timely(self, now: UnixMillis) -> Result<Self, Invalid> {
+        let lifetime = self.key_package.life_time();
+        if is_timely((lifetime.not_before(), lifetime.not_after()), now) { Ok(self) } else { Err(Invalid::Lifetime) }
+    }
 }
 
 /// What a leaf must be able to do in our groups.
@@ -96,6 +127,7 @@ pub fn check(bytes: &[u8], device: Option<DeviceAddr>, now: UnixMillis, random: 
     if !can_join(key_package.leaf_node().capabilities(), key_package.ciphersuite()) {
         return Err(Invalid::Capabilities);
     }
+    check_keys(&key_package)?;
     let (last_resort, expires) = (key_package.last_resort(), UnixMillis(lifetime.not_after().saturating_mul(1000)));
     Ok(Checked { key_package, device: named, last_resort, expires })
 }

@@ -3,6 +3,7 @@
 
 pub mod credential;
 pub mod crypto;
+pub mod framing;
 pub mod key_package;
 pub mod profile;
 pub mod public;

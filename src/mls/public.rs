@@ -3,19 +3,23 @@
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 
+use openmls::messages::group_info::VerifiableGroupInfo;
 use openmls::prelude::tls_codec::Deserialize as _;
 use openmls::prelude::{
-    GroupId as MlsGroupId, MlsMessageBodyIn, MlsMessageIn, ProcessedMessageContent, ProposalStore, ProtocolMessage, PublicGroup,
-    QueuedProposal, RatchetTreeIn, Sender, StagedCommit,
+    Ciphersuite, GroupId as MlsGroupId, LeafNode, LeafNodeIndex, MlsMessageBodyIn, MlsMessageIn, OpenMlsSignaturePublicKey,
+    ProcessedMessageContent, ProposalStore, ProtocolMessage, PublicGroup, QueuedProposal, RatchetTreeIn, Sender, StagedCommit,
+    Verifiable as _,
 };
 use zeroize::Zeroizing;
 
-use super::crypto::{Crypto, SUITES};
+use super::crypto::{Crypto, SUITES, can_encrypt_to};
+use super::framing::{self, Leaf};
+use super::key_package;
 use super::profile::NAME_KEY;
 use super::rules::{self, Actor, Changes, Denied, Roster};
 use super::sender;
 use super::storage::{Backend, Error as StorageError, Kind, Storage};
-use crate::clock::Random;
+use crate::clock::{Random, UnixMillis};
 use crate::ids::{DeviceAddr, GroupId};
 use crate::limits;
 
@@ -128,6 +132,50 @@ pub struct Checked {
     pub after: Roster,
     /// The KeyPackageRef (RFC 9420, section 5.2) that each added device is invited with, in the order of `changes.added`.
     pub invited: Vec<(DeviceAddr, Vec<u8>)>,
+    /// From and until when all that it adds are valid, in seconds since 1970.
+    lifetime: (u64, u64),
+    /// The committer's leaf after it, and the key that it signs with.
+    signer: (LeafNodeIndex, OpenMlsSignaturePublicKey),
+    confirmation_tag: Vec<u8>,
+}
+
+impl Checked {
+    /// Whether who is added may be added now. By the time of the commit's record: a replay comes to the same verdict.
+    pub fn is_timely(&self, at: UnixMillis) -> bool {
+        key_package::is_timely(self.lifetime, at)
+    }
+
+    /// Whether a GroupInfo (an MLSMessage) is the one of the epoch that it begins: signed by the committer, with the commit's confirmation tag, and
+    /// with a key that who comes back can encrypt to. A wrong one would keep out everybody who has to come back, which after a commit that
+    /// members can't take in is everybody. Nor may it show the key of the group's name to the server.
+    pub fn is_described_by(&self, group_info: &[u8], random: &dyn Random) -> bool {
+        let Ok(MlsMessageBodyIn::GroupInfo(info)) = body(group_info) else { return false };
+        let (leaf, key) = &self.signer;
+        let is_committers = framing::GroupInfo::parse(group_info)
+            .is_ok_and(|parts| parts.signer == leaf.u32() && parts.confirmation_tag == self.confirmation_tag);
+        is_committers
+            && info.group_context() == self.commit.group_context()
+            && info.extensions().unknown(NAME_KEY).is_none()
+            && lets_join(&info)
+            && info.verify(&Crypto::new(random), key).is_ok()
+    }
+}
+
+/// Whether a GroupInfo has a key for external commits.
+fn lets_join(info: &VerifiableGroupInfo) -> bool {
+    info.extensions().external_pub().is_some_and(|key| can_encrypt_to(info.ciphersuite(), key.external_pub().as_slice()))
+}
+
+/// A leaf's parts, of which the key can be used.
+fn usable<T>(suite: Ciphersuite, leaf: &LeafNode, then: impl FnOnce(Leaf<'_>) -> T) -> Result<T, Refused> {
+    use openmls::prelude::tls_codec::Serialize as _;
+    let bytes = leaf.tls_serialize_detached().map_err(Refused::invalid)?;
+    let leaf = Leaf::parse(&bytes).map_err(Refused::invalid)?;
+    if can_encrypt_to(suite, leaf.key) { Ok(then(leaf)) } else { Err(unusable()) }
+}
+
+fn unusable() -> Refused {
+    Refused::invalid("nobody can encrypt to one of its keys")
 }
 
 /// A valid proposal that the group's rules allow.
@@ -166,12 +214,29 @@ impl Public {
         if !SUITES.contains(&info.ciphersuite()) {
             return Err(Refused::invalid("the cipher suite is not supported"));
         }
+        if !lets_join(&info) {
+            return Err(Refused::invalid("the GroupInfo has no key for those who come back"));
+        }
         let id = GroupId::from_slice(info.group_id().as_slice()).map_err(Refused::invalid)?;
         let tree = RatchetTreeIn::tls_deserialize_exact(tree).map_err(Refused::invalid)?;
         let (group, _) =
             PublicGroup::from_external(&Crypto::new(random), storage, tree, info, ProposalStore::new()).map_err(Refused::invalid)?;
         Roster::of(&group)?.check()?;
-        Ok(Self { id, group })
+        let created = Self { id, group };
+        created.leaves(|_| ())?;
+        Ok(created)
+    }
+
+    /// Something of each leaf, whose key can be used.
+    fn leaves<T>(&self, of: impl Fn(Leaf<'_>) -> T) -> Result<Vec<T>, Refused> {
+        let leaves = self.group.members().filter_map(|member| self.group.leaf(member.index));
+        leaves.map(|leaf| usable(self.group.ciphersuite(), leaf, &of)).collect()
+    }
+
+    /// Whether the leaves may begin a group now, by the time of the record that creates it.
+    pub fn is_timely(&self, at: UnixMillis) -> Result<bool, Refused> {
+        let lifetimes = self.leaves(|leaf| leaf.lifetime)?;
+        Ok(lifetimes.into_iter().flatten().all(|lifetime| key_package::is_timely(lifetime, at)))
     }
 
     /// The group's id.
@@ -207,20 +272,36 @@ impl Public {
     }
 
     /// Checks a commit (an MLSMessage with a PublicMessage) of the current epoch. Nothing changes before it is merged.
-    pub fn check(&self, commit: &[u8], random: &dyn Random) -> Result<Checked, Refused> {
-        if commit.len() > limits::COMMIT_BYTES {
+    pub fn check(&self, message: &[u8], random: &dyn Random) -> Result<Checked, Refused> {
+        if message.len() > limits::COMMIT_BYTES {
             return Err(Refused::TooLarge);
         }
-        let (sender, content) = self.process(commit, random)?;
+        let (sender, content) = self.process(message, random)?;
         let ProcessedMessageContent::StagedCommitMessage(commit) = content else { return Err(Refused::invalid("not a commit")) };
         let (changes, after) = rules::check_commit(&self.group, &sender, &commit)?;
         let mut invited = Vec::with_capacity(changes.added.len());
-        let crypto = Crypto::new(random);
+        let (crypto, suite) = (Crypto::new(random), self.group.ciphersuite());
+        let mut lifetime = key_package::ALWAYS;
         for (add, (_, device)) in commit.add_proposals().zip(&changes.added) {
-            let key_package_ref = add.add_proposal().key_package().hash_ref(&crypto).map_err(Refused::invalid)?;
+            let key_package = add.add_proposal().key_package();
+            let key_package_ref = key_package.hash_ref(&crypto).map_err(Refused::invalid)?;
             invited.push((*device, key_package_ref.as_slice().to_vec()));
+            key_package::check_keys(key_package).map_err(|_| unusable())?;
+            let valid = key_package.life_time();
+            lifetime = (lifetime.0.max(valid.not_before()), lifetime.1.min(valid.not_after()));
         }
-        Ok(Checked { commit: *commit, changes, after, invited })
+        let parts = framing::commit(message).map_err(Refused::invalid)?;
+        if !parts.path_keys.iter().all(|key| can_encrypt_to(suite, key)) {
+            return Err(unusable());
+        }
+        let leaf = match &sender {
+            Sender::Member(leaf) => *leaf,
+            _ => self.group.ext_commit_sender_index(&commit).map_err(Refused::invalid)?,
+        };
+        let key = commit.update_path_leaf_node().or_else(|| self.group.leaf(leaf)).ok_or(Denied::NotMember)?.signature_key();
+        let signer = (leaf, OpenMlsSignaturePublicKey::from_signature_key(key.clone(), suite.signature_algorithm()));
+        let confirmation_tag = parts.confirmation_tag.to_vec();
+        Ok(Checked { commit: *commit, changes, after, invited, lifetime, signer, confirmation_tag })
     }
 
     /// Goes on to the epoch that a commit begins.
@@ -228,21 +309,10 @@ impl Public {
         self.group.merge_commit(&Storage(Nowhere), checked.commit).map_err(Refused::invalid)
     }
 
-    /// Whether a GroupInfo (an MLSMessage) is of this very group at this epoch. That its signature and external key are right is for who joins
-    /// with it to see; a wrong one keeps nobody out but who is out already.
+    /// Whether a GroupInfo (an MLSMessage) is of this very group at this epoch; what else it must be was checked with its commit.
     pub fn matches(&self, group_info: &[u8]) -> bool {
         match body(group_info) {
             Ok(MlsMessageBodyIn::GroupInfo(info)) => info.group_context() == self.group.group_context(),
-            _ => false,
-        }
-    }
-
-    /// As [`matches`](Self::matches), of the epoch that a commit begins. Nor may it show the key of the group's name to the server.
-    pub fn matches_after(checked: &Checked, group_info: &[u8]) -> bool {
-        match body(group_info) {
-            Ok(MlsMessageBodyIn::GroupInfo(info)) => {
-                info.group_context() == checked.commit.group_context() && info.extensions().unknown(NAME_KEY).is_none()
-            }
             _ => false,
         }
     }

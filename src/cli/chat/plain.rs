@@ -292,6 +292,8 @@ pub(super) fn conversation_of(event: &Event) -> Option<ConversationId> {
         | Event::GroupLeft { group, .. }
         | Event::GroupClosed { group }
         | Event::GroupRejoined { group }
+        | Event::GroupBroken { group, .. }
+        | Event::GroupStuck { group }
         | Event::GroupUndecryptable { group, .. }
         | Event::GroupRead { group, .. } => Some((*group).into()),
         Event::Gap { .. } | Event::OwnAccountChanged | Event::SignedOut => None,
@@ -355,6 +357,11 @@ pub(super) fn notice(event: &Event, name: &str) -> Option<String> {
         Event::GroupLeft { asked: false, .. } => format!("! you were removed from {name}"),
         Event::GroupClosed { .. } => format!("! {name} was closed"),
         Event::GroupRejoined { .. } => format!("! this device had lost touch with {name}; what was written meanwhile may be missing"),
+        Event::GroupBroken { by, .. } => {
+            let by = by.map_or_else(|| "somebody".to_owned(), |by| by.to_string());
+            format!("! {name}: a change by {by} can't be right, and nobody took it in; the group is repaired")
+        }
+        Event::GroupStuck { .. } => format!("! this device can't join {name} again: somebody has to remove and add it"),
         Event::GroupUndecryptable { .. } => format!("! a message in {name} could not be decrypted"),
         Event::OwnAccountChanged => "# your devices or identities changed: /devices".to_owned(),
         Event::SignedOut => "! this device is signed out; --fresh registers it anew".to_owned(),

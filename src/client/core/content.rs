@@ -158,6 +158,7 @@ pub fn check(content: &Content) -> Result<(), Invalid> {
         Kind::ExpireTimer(timer) => ensure(timer.seconds <= EXPIRE_S_MAX, "an expire timer is at most a year"),
         Kind::Sent(sent) => check_transcript(sent),
         Kind::Retry(retry) => DeviceId::new(retry.device).map(|_| ()).map_err(|_| Invalid("a device id is 1 to 127")),
+        Kind::GroupNameKey(said) => ensure(matches!(said.key.len(), 0 | 32), "the key of a group's name is 32 bytes"),
         Kind::Typing(_) | Kind::Nothing(_) | Kind::GroupRead(_) => Ok(()),
     }
 }

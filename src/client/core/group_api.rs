@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::api::{Api, ApiError, B64, Http, Method, json};
 use super::groups::{Created, Outgoing};
-use crate::ids::{AccountId, ClientMessageId, DeviceId, GroupId, Seq};
+use crate::ids::{AccountId, ClientMessageId, DeviceAddr, DeviceId, GroupId, Seq};
 use crate::wire::stream::{GroupItem, GroupItemKind};
 
 /// Items of a group that are asked for at once.
@@ -201,6 +201,38 @@ impl<H: Http> Api<H> {
     /// KeyPackages of accounts' devices, to add them. Uses them up.
     pub async fn key_packages(&self, accounts: &[AccountId]) -> Result<FetchedPackages, ApiError> {
         self.call(Method::Post, "/v1/key-packages/fetch".into(), Some(json(&serde_json::json!({ "accounts": accounts }))?)).await
+    }
+
+    /// The account's groups that are not closed.
+    pub async fn groups(&self) -> Result<Vec<GroupId>, ApiError> {
+        #[derive(Deserialize)]
+        struct List {
+            groups: Vec<One>,
+        }
+        #[derive(Deserialize)]
+        struct One {
+            group_id: GroupId,
+            #[serde(default)]
+            closed: bool,
+        }
+        let list: List = self.call(Method::Get, "/v1/groups".into(), None).await?;
+        Ok(list.groups.into_iter().filter(|one| !one.closed).map(|one| one.group_id).collect())
+    }
+
+    /// The devices that have a leaf in a group.
+    pub async fn group_devices(&self, group: GroupId) -> Result<Vec<DeviceAddr>, ApiError> {
+        #[derive(Deserialize)]
+        struct Details {
+            members: Vec<Member>,
+        }
+        #[derive(Deserialize)]
+        struct Member {
+            account_id: AccountId,
+            devices: Vec<DeviceId>,
+        }
+        let details: Details = self.call(Method::Get, format!("/v1/groups/{group}"), None).await?;
+        let devices = |member: Member| member.devices.into_iter().map(move |device| DeviceAddr { account: member.account_id, device });
+        Ok(details.members.into_iter().flat_map(devices).collect())
     }
 
     /// Creates a group. The same again is answered the same.

@@ -7,6 +7,7 @@ use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use crate::client::core::api::ApiError;
+use crate::client::core::groups::Error as GroupError;
 use crate::client::core::repair;
 use crate::client::store::{Error as StoreError, Intent, Submission, Task, Verdict};
 use crate::ids::{AccountId, DeviceAddr, GroupId};
@@ -17,8 +18,10 @@ use super::{Inner, WorkError};
 
 /// Rounds of a change that other commits overtook. With 1,500 members that all change something, somebody gets through in each.
 const CONFLICT_ROUNDS: u32 = 64;
-/// Attempts at one external commit.
-const REJOIN_ROUNDS: u32 = 16;
+/// Attempts at bringing back those whom a broken commit left behind; whoever is not comes back by itself.
+const BRING_BACK_ROUNDS: u32 = 8;
+/// Devices of one such commit: it stays well below the largest one that is accepted.
+const BRING_BACK_DEVICES: usize = limits::GROUP_ACCOUNTS;
 /// Steps of one piece of work: more are left to the next look.
 const STEPS: usize = 1_000;
 /// How long a change that the person waits for is repeated while the server is away.
@@ -56,9 +59,11 @@ impl Inner {
                     Err(error) => self.gone(group, error).await?,
                 },
                 Some(Task::Rejoin) => self.rejoin(group).await?,
-                Some(Task::Leave | Task::Tidy) if !all => return Ok(()),
+                Some(Task::BringBack | Task::Leave | Task::Tidy | Task::NameKey) if !all => return Ok(()),
+                Some(Task::BringBack) => self.bring_back(group).await?,
                 Some(Task::Leave) => self.ask_to_leave(group).await?,
                 Some(Task::Tidy) => self.tidy(group).await?,
+                Some(Task::NameKey) => self.store.run(move |db| db.name_key_turn(group)).await?,
             }
         }
         Ok(())
@@ -80,26 +85,86 @@ impl Inner {
                 Ok(())
             }
             // The invitation is old: the tree of its epoch is not kept any more.
-            Err(error) if error.code() == Some(Code::NotFound) => Ok(self.store.run(move |db| db.lost(group)).await?),
+            Err(error) if error.code() == Some(Code::NotFound) => Ok(self.store.run(move |db| db.lost(group, 0)).await?),
             Err(error) => self.gone(group, error).await,
         }
     }
 
-    /// Joins again by an external commit.
+    /// Joins again by an external commit. One that came too late is tried again soon, one that is refused later and later.
     async fn rejoin(&self, group: GroupId) -> Result<(), WorkError> {
-        for round in 0..REJOIN_ROUNDS {
-            let info = match self.api.group_info(group).await {
-                Ok(info) => info,
-                Err(error) => return self.gone(group, error).await,
-            };
-            let rejoin = self.store.run(move |db| db.prepare_rejoin(group, &info)).await?;
-            match self.api.commit_group(group, &rejoin.outgoing).await {
-                Ok(place) => return Ok(self.store.run(move |db| db.rejoined(group, rejoin, place.seq)).await?),
-                Err(error) if error.code() == Some(Code::Conflict) => self.wait(round).await,
+        let info = match self.api.group_info(group).await {
+            Ok(info) => info,
+            Err(error) => return self.gone(group, error).await,
+        };
+        let rejoin = match self.store.run(move |db| db.prepare_rejoin(group, &info)).await {
+            Ok(rejoin) => rejoin,
+            Err(error) if is_groups_own(&error) => return self.rejoin_refused(group, &error).await,
+            Err(error) => return Err(error.into()),
+        };
+        match self.api.commit_group(group, &rejoin.outgoing).await {
+            Ok(place) => Ok(self.store.run(move |db| db.rejoined(group, rejoin, place.seq)).await?),
+            Err(error) if error.code() == Some(Code::Conflict) => Ok(self.store.run(move |db| db.rejoin_overtaken(group)).await?),
+            Err(error) if error.is_transient() || error.code() == Some(Code::Unauthenticated) => Err(error.into()),
+            Err(error) => self.rejoin_refused(group, &error).await,
+        }
+    }
+
+    async fn rejoin_refused(&self, group: GroupId, error: &(dyn std::error::Error + Sync)) -> Result<(), WorkError> {
+        tracing::warn!(%error, "a group can't be joined again now");
+        Ok(self.store.run(move |db| db.rejoin_refused(group)).await?)
+    }
+
+    /// Takes out those whom a broken commit left behind, and adds them in the same commit: they come back by its Welcome.
+    async fn bring_back(&self, group: GroupId) -> Result<(), WorkError> {
+        let left = self.store.run(move |db| db.to_bring_back(group)).await?;
+        let mut accounts: Vec<AccountId> = left.iter().map(|device| device.account).collect();
+        accounts.dedup();
+        let mut packages = Vec::new();
+        for batch in accounts.chunks(limits::GROUP_ACCOUNTS) {
+            packages.extend(self.packages(batch).await?.0);
+        }
+        for batch in packages.chunks(BRING_BACK_DEVICES) {
+            if let Err(error) = self.bring_back_batch(group, batch.to_vec()).await {
+                match error {
+                    // They come back by themselves.
+                    WorkError::Store(error) if is_groups_own(&error) => tracing::warn!(%error, "members can't be brought back"),
+                    other => return Err(other),
+                }
+            }
+        }
+        Ok(self.store.run(move |db| db.brought_back(group)).await?)
+    }
+
+    async fn bring_back_batch(&self, group: GroupId, packages: Vec<(DeviceAddr, Vec<u8>)>) -> Result<(), WorkError> {
+        let packages = Arc::new(packages);
+        for round in 0..BRING_BACK_ROUNDS {
+            let job = packages.clone();
+            if !self.store.run(move |db| db.prepare_bring_back(group, &job)).await? {
+                break;
+            }
+            match self.verdict(group).await? {
+                Verdict::Accepted => break,
+                Verdict::Conflict | Verdict::Unknown => self.wait(round).await,
+            }
+            self.catch_up_for_verdict(group).await?;
+        }
+        Ok(())
+    }
+
+    /// Looks for groups that this device is in without knowing: its invitation expired before it was fetched.
+    pub(in crate::client) async fn find_groups(&self) -> Result<(), WorkError> {
+        let listed = self.api.groups().await?;
+        let unknown = self.store.run(move |db| db.groups_unknown(&listed)).await?;
+        let mut found = Vec::new();
+        for group in unknown {
+            match self.api.group_devices(group).await {
+                Ok(devices) if devices.contains(&self.credential.address) => found.push(group),
+                Ok(_) => {}
+                Err(error) if matches!(error.code(), Some(Code::Forbidden | Code::NotFound)) => {}
                 Err(error) => return Err(error.into()),
             }
         }
-        Err(WorkError::Incomplete)
+        Ok(self.store.run(move |db| db.groups_found(&found)).await?)
     }
 
     async fn wait(&self, round: u32) {
@@ -213,10 +278,18 @@ impl Inner {
     async fn change(&self, group: GroupId, intent: Intent) -> Result<(), WorkError> {
         let intent = Arc::new(intent);
         for round in 0..CONFLICT_ROUNDS {
+            let soon = self.store.run(move |db| db.repair_now(group)).await?;
             self.settle(group, false).await?;
             let job = intent.clone();
-            if !self.store.run(move |db| db.prepare_change(group, &job)).await? {
-                return Ok(());
+            match self.store.run(move |db| db.prepare_change(group, &job)).await {
+                Ok(true) => {}
+                Ok(false) => return Ok(()),
+                // Others are coming back as well.
+                Err(StoreError::Groups(GroupError::OutOfTouch)) if soon => {
+                    self.wait(round).await;
+                    continue;
+                }
+                Err(error) => return Err(error.into()),
             }
             match self.verdict(group).await? {
                 Verdict::Accepted => return Ok(()),

@@ -50,6 +50,7 @@ enum Work {
     OwnAccount,
     Keys,
     KeyPackages,
+    FindGroups,
     Group(GroupId),
 }
 
@@ -238,6 +239,10 @@ impl Session<'_> {
                 Some(Frame::QueueEmpty(_)) => {
                     self.live = true;
                     self.inner.set_connection(Connection::Live);
+                    // Only now: an invitation may have been on its way.
+                    if self.inner.store.run(|db| db.groups_unlooked()).await.map_err(|error| self.lost(error))? {
+                        self.start(Work::FindGroups);
+                    }
                 }
                 Some(Frame::PrekeysLow(_)) => self.start(Work::Keys),
                 Some(Frame::KeyPackagesLow(_)) => self.start(Work::KeyPackages),
@@ -328,6 +333,9 @@ impl Session<'_> {
             self.housekeeping = Instant::now();
             self.start(Work::Keys);
             self.start(Work::KeyPackages);
+            if self.live && self.inner.store.run(|db| db.groups_unlooked()).await.map_err(|error| self.lost(error))? {
+                self.start(Work::FindGroups);
+            }
         }
         if self.looked.elapsed() > LOOK {
             self.look_for_work().await?;
@@ -398,6 +406,7 @@ impl Session<'_> {
                 Work::OwnAccount => inner.refresh_own().await,
                 Work::Keys => inner.maintain_keys().await,
                 Work::KeyPackages => inner.maintain_key_packages().await,
+                Work::FindGroups => inner.find_groups().await,
                 Work::Group(group) => inner.work_in_group(*group).await,
             };
             (work, result)

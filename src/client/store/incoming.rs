@@ -34,6 +34,7 @@ impl Db {
                 Some(Frame::Hello(hello)) => {
                     if let Some(gap) = ordering::hello(self.cursor()?, Seq(hello.cursor)) {
                         self.tell(&Event::Gap { expired: false })?;
+                        self.look_for_groups()?;
                         self.pass(gap.to)?;
                     }
                 }
@@ -63,6 +64,7 @@ impl Db {
     fn gap(&self, gap: &Gap) -> Result<(), Error> {
         if ordering::gap(self.cursor()?, Seq(gap.from), Seq(gap.to)).is_some() {
             self.tell(&Event::Gap { expired: gap.reason() == GapReason::GapExpired })?;
+            self.look_for_groups()?;
             self.pass(Seq(gap.to))?;
         }
         Ok(())

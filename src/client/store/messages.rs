@@ -101,7 +101,7 @@ impl Db {
                 self.tell(&Event::ExpireTimer { conversation, by: author, seconds: timer.seconds })
             }
             // Of groups only, and handled there.
-            Some(Kind::GroupRead(_)) => Ok(()),
+            Some(Kind::GroupRead(_) | Kind::GroupNameKey(_)) => Ok(()),
             Some(Kind::Typing(_) | Kind::Sent(_) | Kind::Retry(_) | Kind::Nothing(_)) | None => Ok(()),
         }
     }

@@ -13,6 +13,7 @@ use crate::ids::{ClientMessageId, DeviceAddr, GroupId};
 use crate::limits;
 use crate::log::{AppendSink, TopicPartition};
 use crate::metrics;
+use crate::mls::framing;
 use crate::store::StoreError;
 use crate::wire::event;
 use crate::wire::group_event::{GroupEvent, GroupEventBody};
@@ -40,9 +41,6 @@ pub fn parse(send: stream::GroupSend) -> Result<GroupMessage, GroupError> {
         content: send.content,
     })
 }
-
-/// The first bytes of an MLSMessage with a PrivateMessage: version 1, wire format 2 (RFC 9420, section 6).
-const PRIVATE_MESSAGE: [u8; 4] = [0, 1, 0, 2];
 
 impl GroupService {
     /// Takes a message of a stream; its outcome goes to the sink.
@@ -80,6 +78,9 @@ impl GroupService {
         })?;
         sound(known, message)?;
         self.may_send(sender, message).await?;
+        if !framing::is_written_in(&message.content, message.group, message.epoch) {
+            return Err(GroupError::BadRequest("a message is an MLSMessage with a PrivateMessage, written in this group and epoch".into()));
+        }
         let id = message.client_message_id.0;
         let highest = match self.highest.get(&(message.group, sender)) {
             Some(highest) => highest,
@@ -148,8 +149,8 @@ fn sound(known: KnownDevice, message: &GroupMessage) -> Result<(), GroupError> {
     if message.content.len() > limits::ENVELOPE_BYTES {
         return Err(GroupError::TooLarge("a message is larger than 262144 bytes"));
     }
-    if message.epoch > i64::MAX as u64 || !message.content.starts_with(&PRIVATE_MESSAGE) {
-        return Err(GroupError::BadRequest("a message is an MLSMessage with a PrivateMessage".into()));
+    if message.epoch > i64::MAX as u64 {
+        return Err(GroupError::BadRequest("an epoch is below 2^63".into()));
     }
     Ok(())
 }

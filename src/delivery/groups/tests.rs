@@ -434,9 +434,10 @@ async fn a_device_follows_so_many_groups_and_waits_for_so_many_answers() {
 #[tokio::test]
 async fn messages_are_checked_before_the_log_takes_them() {
     let world = world();
-    let content: Bytes = [&[0, 1, 0, 2][..], &[9; 100]].concat().into();
+    // Group id, epoch, application, and nothing but lengths of 0: authenticated data, sender data, ciphertext.
+    let content = |epoch: u64| [&[0, 1, 0, 2, 16][..], GROUP.as_bytes(), &epoch.to_be_bytes(), &[1, 0, 0, 0]].concat();
     let message =
-        |id: u64, epoch: u64| GroupMessage { group: GROUP, client_message_id: ClientMessageId(id), epoch, content: content.clone() };
+        |id: u64, epoch: u64| GroupMessage { group: GROUP, client_message_id: ClientMessageId(id), epoch, content: content(epoch).into() };
     let send = |account: u8, message: GroupMessage| world.service.send_message(known(account), message);
     assert_eq!(send(1, message(1, 0)).await.map_err(|e| e.code()), Err(Code::NotFound));
     world.store.put(20, 10, &[1]);
@@ -446,8 +447,12 @@ async fn messages_are_checked_before_the_log_takes_them() {
     assert_eq!(send(1, message(0, 20)).await.map_err(|e| e.code()), Err(Code::BadRequest));
     let large = GroupMessage { content: vec![0; limits::ENVELOPE_BYTES + 1].into(), ..message(1, 20) };
     assert_eq!(send(1, large).await.map_err(|e| e.code()), Err(Code::TooLarge));
-    let handshake = GroupMessage { content: Bytes::from_static(&[0, 1, 0, 1, 5]), ..message(1, 20) };
-    assert_eq!(send(1, handshake).await.map_err(|e| e.code()), Err(Code::BadRequest));
+    let mut handshake = content(20);
+    handshake[29] = 3;
+    for wrong in [Bytes::from_static(&[0, 1, 0, 1, 5]), content(19).into(), handshake.into()] {
+        let message = GroupMessage { content: wrong, ..message(1, 20) };
+        assert_eq!(send(1, message).await.map_err(|e| e.code()), Err(Code::BadRequest));
+    }
     assert!(world.appended().is_empty());
     for (id, epoch) in [(1, 20), (1, 20), (200, 4)] {
         assert_eq!(send(1, message(id, epoch)).await, Ok(()));

@@ -13,6 +13,7 @@ use super::saved::State;
 use crate::clock::{Random, UnixMillis};
 use crate::ids::{AccountId, ClientMessageId, DeviceAddr, EdgeId, GroupId, Seq};
 use crate::limits;
+use crate::mls::framing;
 use crate::mls::public::{Public, Refused};
 use crate::mls::rules::{Actor, Roster};
 use crate::mls::sender::ServerKey;
@@ -193,6 +194,9 @@ fn create(
     let (public, saved) = Public::create_and_save(group_info, tree, tools.random).map_err(refused)?;
     if public.id() != met.event.group || public.epoch() != 0 {
         return Err(invalid("of another group, or not its beginning"));
+    }
+    if !public.is_timely(met.event.at).map_err(refused)? {
+        return Err(invalid("the creator's lifetime has not begun or is nearly over"));
     }
     let roster = public.roster().map_err(|error| refused(error.into()))?;
     if !roster.leaves.values().eq([&by]) || roster.profile.owner != by.account {
@@ -447,8 +451,11 @@ impl Group {
             return Err(denied("somebody else signed the commit"));
         }
         let welcomes = welcomes(&checked.invited, welcome)?;
-        if !Public::matches_after(&checked, group_info) {
-            return Err(invalid("the GroupInfo is not of the epoch that the commit begins"));
+        if !checked.is_timely(met.event.at) {
+            return Err(invalid("a KeyPackage's lifetime has not begun or is nearly over"));
+        }
+        if !checked.is_described_by(group_info, tools.random) {
+            return Err(invalid("the GroupInfo is not the committer's of the epoch that the commit begins"));
         }
         let before = self.accounts();
         let leaves = state.public.roster().map_err(|error| refused(error.into()))?.leaves;
@@ -538,6 +545,9 @@ impl Group {
         }
         if epoch > self.head.epoch || epoch + (limits::PAST_EPOCHS as u64) < self.head.epoch {
             return Err(self.conflict());
+        }
+        if !framing::is_written_in(content, self.id, epoch) {
+            return Err(invalid("not a message of this group and epoch"));
         }
         let is_stored = self.stored.contains_key(&met.at);
         let (mark, dirty) = self.marks.entry(by).or_default();

@@ -1,11 +1,11 @@
 //! A group as one of its devices sees it.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use openmls::prelude::tls_codec::Serialize as _;
 use openmls::prelude::{
     ContentType, Extension, KeyPackage, LeafNodeIndex, MlsGroup, MlsMessageBodyIn, OpenMlsProvider as _, ProcessMessageError,
-    ProcessedMessageContent, Proposal, ProtocolMessage, Sender, StagedCommit, UnknownExtension, ValidationError,
+    ProcessedMessageContent, Proposal, ProtocolMessage, Sender, StageCommitError, StagedCommit, UnknownExtension, ValidationError,
 };
 use zeroize::Zeroizing;
 
@@ -21,6 +21,26 @@ use crate::mls::rules::{self, Denied, Roster};
 pub struct Group {
     id: GroupId,
     pub(super) mls: MlsGroup,
+}
+
+/// The keys of each device's leaf.
+pub type LeafKeys = BTreeMap<DeviceAddr, Keys>;
+
+/// The keys of a leaf.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Keys {
+    /// What others encrypt to: new with each commit and each time the device is added.
+    pub encryption: Vec<u8>,
+    /// What the device signs with: the same for as long as it lives.
+    pub signature: Vec<u8>,
+}
+
+impl Keys {
+    /// Whether a KeyPackage is of the device that this leaf is of: signed with the same key.
+    pub fn are_of(&self, engine: &Engine<'_, '_>, device: DeviceAddr, package: &[u8], now: UnixMillis) -> bool {
+        let checked = key_package::check(package, Some(device), now, engine.random).and_then(|checked| checked.timely(now));
+        checked.is_ok_and(|checked| checked.key_package.leaf_node().signature_key().as_slice() == self.signature)
+    }
 }
 
 /// What to change in one commit. Whatever it is, this device's keys are renewed with it; a change of nothing does only that.
@@ -113,6 +133,15 @@ impl Group {
         self.mls.export_ratchet_tree().tls_serialize_detached().map_err(Error::invalid)
     }
 
+    /// The keys of all leaves.
+    pub fn leaf_keys(&self) -> Result<LeafKeys, Error> {
+        let keys = |member: openmls::prelude::Member| {
+            let device = crate::mls::credential::device_of(&member.credential).map_err(|_| Denied::Credential)?;
+            Ok((device, Keys { encryption: member.encryption_key, signature: member.signature_key }))
+        };
+        self.mls.members().map(keys).collect()
+    }
+
     fn active(&self) -> Result<(), Error> {
         if self.is_active() { Ok(()) } else { Err(Error::NotMember) }
     }
@@ -132,10 +161,11 @@ impl Group {
         let added = change
             .add
             .iter()
-            .map(|(device, bytes)| Ok(key_package::check(bytes, Some(*device), now, engine.random)?.key_package))
+            .map(|(device, bytes)| Ok(key_package::check(bytes, Some(*device), now, engine.random)?.timely(now)?.key_package))
             .collect::<Result<Vec<KeyPackage>, Error>>()?;
         let name_key = if added.is_empty() { None } else { engine.name_key(self.id)? };
-        let profile = self.profile_after(engine, &before, change, removed.union(&proposed).copied().collect())?;
+        let gone = removed.union(&proposed).copied().collect();
+        let profile = self.profile_after(engine, &before, change, gone)?;
         let mut extensions = self.mls.extensions().clone();
         let own = self.mls.own_leaf_index();
         let mut builder = self
@@ -206,7 +236,10 @@ impl Group {
     fn profile_after(&self, engine: &Engine<'_, '_>, before: &Roster, change: &Change<'_>, gone: BTreeSet<u32>) -> Result<Profile, Error> {
         let mut left = before.clone();
         left.leaves.retain(|leaf, _| !gone.contains(leaf));
-        let mut profile = before.profile.among(&left.accounts());
+        // Whoever is removed and added again in one commit keeps its role.
+        let mut accounts = left.accounts();
+        accounts.extend(change.add.iter().map(|(device, _)| device.account));
+        let mut profile = before.profile.among(&accounts);
         if let Some(owner) = change.owner {
             // Who passes ownership on stays as an admin, unless the change says otherwise.
             let former = std::mem::replace(&mut profile.owner, owner);
@@ -283,6 +316,8 @@ impl Group {
         let processed = self.mls.process_message(&engine.provider, message).map_err(|error| match error {
             ProcessMessageError::StorageError(error) => error.into(),
             ProcessMessageError::ValidationError(ValidationError::NoPastEpochData) => Error::Past,
+            ProcessMessageError::ValidationError(ValidationError::InvalidMembershipTag) => Error::Tags,
+            ProcessMessageError::InvalidCommit(StageCommitError::ConfirmationTagMismatch) => Error::Tags,
             other => Error::invalid(other),
         })?;
         let (sender, epoch) = (processed.sender().clone(), processed.epoch().as_u64());

@@ -11,7 +11,7 @@ mod group_info;
 mod signer;
 
 pub use engine::Engine;
-pub use group::{Change, Group, Received};
+pub use group::{Change, Group, Keys, LeafKeys, Received};
 
 use super::state::StorageError;
 use crate::mls::profile::{self, NameKey};
@@ -36,6 +36,13 @@ pub enum Error {
     /// This device is not, or no longer, in the group.
     #[error("this device is not in the group")]
     NotMember,
+    /// This device has lost touch with the group. It joins again by itself: try later.
+    #[error("this device has lost touch with the group and is about to join it again; try again later")]
+    OutOfTouch,
+    /// A commit whose tags are wrong. They are keyed by the group's secrets, so the server can't tell and gave it to everybody: nobody who was
+    /// in the epoch that it ends can take it in.
+    #[error("a commit's tags are wrong: nobody can take it in")]
+    Tags,
     /// There is a change of ours whose verdict is not known yet.
     #[error("a change of the group waits for its verdict")]
     Pending,
@@ -106,6 +113,11 @@ pub struct Committed {
     pub changes: rules::Changes,
     /// The group before it.
     pub before: rules::Roster,
+}
+
+/// The key of a group's name, from its bytes.
+pub fn name_key(bytes: &[u8]) -> Result<NameKey, Error> {
+    Ok(NameKey::from_slice(bytes)?)
 }
 
 /// What a device needs to read a group's name, where it has the key.

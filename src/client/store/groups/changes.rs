@@ -1,16 +1,23 @@
 //! What this device changes in groups: prepared and kept before it is submitted, done once the server or the group's items say so.
 
+use std::collections::BTreeSet;
+
 use rusqlite::{OptionalExtension as _, params};
 
+use super::repair::{Loss, SPREAD_MS};
 use super::{CREATING, LOST, MEMBER};
 use crate::client::core::group_api::GroupInfo;
 use crate::client::core::groups::{self, Change, Created, Engine, Outgoing};
+use crate::client::core::repair;
 use crate::client::core::state::{StateTx, Writes};
 use crate::client::store::state::{self, SqlState};
 use crate::client::store::{Db, Error, sql};
 use crate::client::types::{ConversationId, Event};
 use crate::ids::{AccountId, DeviceAddr, GroupId, Seq};
 use crate::mls::sender::external_sender;
+
+/// About what a leaf takes in a tree, in bytes.
+const LEAF_BYTES: usize = 180;
 
 const NEW_GROUP: i64 = 0;
 const COMMIT: i64 = 1;
@@ -75,6 +82,8 @@ pub(in crate::client) struct Rejoin {
     /// To submit.
     pub outgoing: Outgoing,
     writes: Writes,
+    /// Who can't have come back yet.
+    left_behind: Vec<(DeviceAddr, Vec<u8>)>,
 }
 
 impl Db {
@@ -132,16 +141,19 @@ impl Db {
 
     /// Prepares a change and keeps it; `false` if there is nothing to change (any more).
     pub(in crate::client) fn prepare_change(&self, id: GroupId, intent: &Intent) -> Result<bool, Error> {
-        if self.group_row(id)?.is_none_or(|row| row.state != MEMBER) {
-            return Err(groups::Error::NotMember.into());
+        match self.group_row(id)?.map(|row| row.state) {
+            Some(MEMBER) => {}
+            Some(LOST) => return Err(groups::Error::OutOfTouch.into()),
+            _ => return Err(groups::Error::NotMember.into()),
         }
         let now = self.now();
+        let replaced: BTreeSet<DeviceAddr> = intent.remove_devices.iter().copied().collect();
         let prepared = self.in_group(id, |group, engine| {
             let roster = group.roster()?;
             let add: Vec<(DeviceAddr, &[u8])> = intent
                 .add
                 .iter()
-                .filter(|(device, _)| roster.leaf_of(*device).is_none())
+                .filter(|(device, _)| roster.leaf_of(*device).is_none() || replaced.contains(device))
                 .map(|(device, bytes)| (*device, bytes.as_slice()))
                 .collect();
             let inside = |device: &&DeviceAddr| roster.leaf_of(**device).is_some();
@@ -198,7 +210,7 @@ impl Db {
                     Ok(committed) => self.committed(id, &committed)?,
                     Err(error) => {
                         tracing::warn!(%error, "an accepted change can't be merged");
-                        self.set_group_state(id, LOST)?;
+                        self.lose_touch(id, Loss::Alone)?;
                     }
                 }
                 self.group_head(id, seq)?;
@@ -247,6 +259,7 @@ impl Db {
         let found = select.query_row(params![id, sql::int(epoch)], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?))).optional()?;
         let Some((seq, by, welcome)): Option<(i64, AccountId, Vec<u8>)> = found else { return Ok(true) };
         self.connection.execute("DELETE FROM group_invitations WHERE mls_group = ?1 AND epoch <= ?2", params![id, sql::int(epoch)])?;
+        let known = self.group_row(id)?.is_some_and(|row| matches!(row.state, MEMBER | LOST));
         self.open_groups.borrow_mut().remove(&id);
         let joined = self.with_engine(|engine| {
             let group = engine.join(&welcome, tree, true)?;
@@ -254,20 +267,26 @@ impl Db {
         })?;
         if let Err(error) = joined {
             tracing::info!(%error, "an invitation can't be used");
-            self.lost(id)?;
+            // About so many are invited that may have the same trouble.
+            self.lost(id, tree.len() / LEAF_BYTES)?;
             return Ok(false);
         }
         self.enter(id, sql::uint(seq))?;
-        self.tell(&Event::GroupJoined { group: id, by })?;
+        if known {
+            self.count_repair(id)?;
+        }
+        self.tell(&if known { Event::GroupRejoined { group: id } } else { Event::GroupJoined { group: id, by } })?;
         Ok(true)
     }
 
-    /// This device should be in a group and has no keys for it.
-    pub(in crate::client) fn lost(&self, id: GroupId) -> Result<(), Error> {
+    /// This device should be in a group and has no keys for it; perhaps it is one of so many.
+    pub(in crate::client) fn lost(&self, id: GroupId, of: usize) -> Result<(), Error> {
         self.connection.execute("DELETE FROM group_invitations WHERE mls_group = ?1", [id])?;
+        let wait = repair::jitter(of as u64 * SPREAD_MS, &*self.random);
         self.connection.execute(
-            "INSERT INTO groups (id, state, cursor, head) VALUES (?1, ?2, 0, 0) ON CONFLICT (id) DO UPDATE SET state = ?2",
-            params![id, LOST],
+            "INSERT INTO groups (id, state, cursor, head, repair_ms) VALUES (?1, ?2, 0, 0, ?3)
+             ON CONFLICT (id) DO UPDATE SET state = ?2, repair_ms = ?3, broken = 0",
+            params![id, LOST, sql::int(self.now().plus(wait).0)],
         )?;
         self.mark(|changed| changed.outgoing = true);
         Ok(())
@@ -277,14 +296,17 @@ impl Db {
     fn enter(&self, id: GroupId, seq: u64) -> Result<(), Error> {
         self.connection.execute(
             "INSERT INTO groups (id, state, cursor, head) VALUES (?1, ?2, ?3, ?3)
-             ON CONFLICT (id) DO UPDATE SET state = ?2, cursor = ?3, head = max(head, ?3), leaving = 0, due_ms = NULL",
+             ON CONFLICT (id) DO UPDATE SET state = ?2, cursor = ?3, head = max(head, ?3), leaving = 0, due_ms = NULL,
+             repair_ms = NULL, broken = 0",
             params![id, MEMBER, sql::int(seq)],
         )?;
         // What was encrypted with the keys before is encrypted anew.
         self.connection.execute("UPDATE group_outgoing SET ciphertext = NULL WHERE mls_group = ?1", [id])?;
         self.drop_pending(id)?;
+        self.brought_back(id)?;
         self.mark(|changed| changed.outgoing = true);
-        self.note_group(id)
+        self.note_group(id)?;
+        self.miss_name_key(id)
     }
 
     /// Prepares an external commit. Nothing is kept before the server has accepted it.
@@ -292,16 +314,16 @@ impl Db {
         let storage = SqlState(&self.connection);
         let tx = StateTx::new(&storage);
         let random = self.random.clone();
-        let outgoing = {
+        let (outgoing, keys) = {
             let engine = Engine::new(&tx, &*random)?;
             let (group, outgoing) = engine.rejoin(&info.group_info.0, &info.tree.0)?;
             if group.id() != id {
                 return Err(groups::Error::NotForUs.into());
             }
-            outgoing
+            (outgoing, group.leaf_keys()?)
         };
         let (writes, _) = tx.finish();
-        Ok(Rejoin { outgoing, writes })
+        Ok(Rejoin { outgoing, writes, left_behind: self.left_behind(id, &keys)? })
     }
 
     /// The external commit was accepted.
@@ -309,6 +331,7 @@ impl Db {
         self.open_groups.borrow_mut().remove(&id);
         state::apply(&self.connection, rejoin.writes, self.now())?;
         self.enter(id, seq.0)?;
+        self.came_back(id, &rejoin.left_behind)?;
         self.tell(&Event::GroupRejoined { group: id })
     }
 

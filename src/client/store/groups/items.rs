@@ -2,7 +2,8 @@
 
 use rusqlite::params;
 
-use super::{CLOSED, LEFT, LOST, MEMBER};
+use super::repair::Loss;
+use super::{CLOSED, LEFT, MEMBER};
 use crate::client::core::content::{self, Kind};
 use crate::client::core::groups::{self, Committed, Received};
 use crate::client::core::{group_api::ItemPage, repair};
@@ -18,7 +19,7 @@ const FIRST_MS: u64 = 200;
 /// How much longer each admin behind it waits.
 const ADMIN_MS: u64 = 2_000;
 /// After how long members that are no admins do it.
-const MEMBER_MS: u64 = 15_000;
+pub(super) const MEMBER_MS: u64 = 15_000;
 
 impl Db {
     /// Takes in an item. One that does not follow what is here only tells that there is more to fetch.
@@ -44,7 +45,7 @@ impl Db {
         let Some(row) = self.group_row(id)?.filter(|row| row.state == MEMBER) else { return Ok(()) };
         if row.cursor < page.expired_to.0 {
             tracing::warn!("items of a group expired before this device had them");
-            return self.set_group_state(id, LOST);
+            return self.lose_touch(id, Loss::Alone);
         }
         page.items.iter().try_for_each(|item| self.group_item(item))?;
         // What was only supposed is known now; what there is not yet will be told of.
@@ -74,6 +75,9 @@ impl Db {
         };
         let Ok(id) = GroupId::from_slice(&invitation.group_id) else { return Ok(()) };
         let known = self.group_row(id)?;
+        if known.as_ref().is_some_and(|row| row.state == MEMBER) {
+            self.group_head(id, Seq(invitation.seq))?;
+        }
         // It is told again after a crash of the server, and it may be older than what this device has joined since.
         if known.is_some_and(|row| row.state == MEMBER && row.epoch >= invitation.epoch) {
             return Ok(());
@@ -97,11 +101,11 @@ impl Db {
             GroupItemKind::Message => self.group_message(id, item, sender),
             // This device has kept its own.
             GroupItemKind::Proposal if sender == Some(own) => Ok(()),
-            GroupItemKind::Proposal | GroupItemKind::Commit => self.group_handshake(id, item),
+            GroupItemKind::Proposal | GroupItemKind::Commit => self.group_handshake(id, item, sender),
         }
     }
 
-    fn group_handshake(&self, id: GroupId, item: &GroupItem) -> Result<(), Error> {
+    fn group_handshake(&self, id: GroupId, item: &GroupItem, sender: Option<DeviceAddr>) -> Result<(), Error> {
         match self.in_group(id, |group, engine| group.receive(engine, &item.content))? {
             Ok(Received::Committed(committed)) => self.committed(id, &committed),
             Ok(Received::Removed(_)) => self.out_of_group(id, LEFT),
@@ -114,10 +118,14 @@ impl Db {
                 tracing::warn!(%error, "a proposal can't be taken in");
                 Ok(())
             }
+            Err(groups::Error::Tags) => {
+                tracing::warn!("nobody can take in a commit of a group");
+                self.lose_touch(id, Loss::Everybody(sender))
+            }
             // The server gave it to everybody, so this device is the one that is wrong.
             Err(error) => {
                 tracing::warn!(%error, "this device has lost touch with a group");
-                self.set_group_state(id, LOST)
+                self.lose_touch(id, Loss::Alone)
             }
         }
     }
@@ -135,7 +143,7 @@ impl Db {
             },
             Ok(_) => Ok(()),
             // A commit was missed, or the keys are not there.
-            Err(groups::Error::Missed { .. } | groups::Error::NotMember) => self.set_group_state(id, LOST),
+            Err(groups::Error::Missed { .. } | groups::Error::NotMember) => self.lose_touch(id, Loss::Alone),
             Err(error) => {
                 tracing::warn!(%error, "a message of a group can't be decrypted");
                 let Some(from) = sender else { return Ok(()) };
@@ -162,8 +170,10 @@ impl Db {
             self.claim(&content.from_identity, from.account)?;
         }
         let own = self.own()?.account;
-        if let Some(Kind::GroupRead(read)) = &content.kind {
-            return self.group_read(id, from.account, read.seq.min(seq));
+        match &content.kind {
+            Some(Kind::GroupRead(read)) => return self.group_read(id, from.account, read.seq.min(seq)),
+            Some(Kind::GroupNameKey(said)) => return self.name_key_said(id, from, &said.key),
+            _ => {}
         }
         let status = if from.account == own { Status::Sent } else { Status::Delivered };
         self.apply(ConversationId::Group(id), from.account, content, status)?;
@@ -210,14 +220,14 @@ impl Db {
 
     /// Somebody wants to leave, or the server wants somebody out: this device does it when it is its turn.
     fn proposed(&self, id: GroupId, leaving: DeviceAddr) -> Result<(), Error> {
-        let wait = turn(&self.roster(id)?, self.own()?, leaving);
+        let wait = turn(&self.roster(id)?, self.own()?, Some(leaving));
         self.group_due(id, wait + repair::jitter(wait.max(FIRST_MS), &*self.random))
     }
 }
 
-/// How long this device leaves what was proposed to others: the admin with the lowest leaf goes first.
-fn turn(roster: &Roster, own: DeviceAddr, leaving: DeviceAddr) -> u64 {
-    let admins = roster.leaves.values().filter(|device| **device != leaving && roster.profile.role(device.account) >= Role::Admin);
+/// How long this device leaves to others what any of them can do: the admin with the lowest leaf goes first. Not counting on one device.
+pub(super) fn turn(roster: &Roster, own: DeviceAddr, without: Option<DeviceAddr>) -> u64 {
+    let admins = roster.leaves.values().filter(|device| Some(**device) != without && roster.profile.role(device.account) >= Role::Admin);
     match admins.take_while(|device| **device != own).count() {
         _ if roster.profile.role(own.account) < Role::Admin => MEMBER_MS,
         before => FIRST_MS.max(ADMIN_MS * before as u64),

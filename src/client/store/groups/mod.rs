@@ -3,6 +3,7 @@
 mod changes;
 mod items;
 mod key_packages;
+mod repair;
 mod sending;
 
 use rusqlite::{OptionalExtension as _, Row, params};
@@ -39,9 +40,11 @@ pub(super) struct GroupRow {
     pub name: Option<String>,
     pub accounts: u32,
     pub leaving: bool,
+    pub repairs: u32,
+    pub repaired_ms: u64,
 }
 
-const COLUMNS: &str = "id, state, cursor, head, epoch, name, accounts, leaving";
+const COLUMNS: &str = "id, state, cursor, head, epoch, name, accounts, leaving, repairs, repaired_ms";
 
 fn read_row(row: &Row<'_>) -> rusqlite::Result<GroupRow> {
     Ok(GroupRow {
@@ -53,6 +56,8 @@ fn read_row(row: &Row<'_>) -> rusqlite::Result<GroupRow> {
         name: row.get(5)?,
         accounts: row.get(6)?,
         leaving: row.get(7)?,
+        repairs: row.get(8)?,
+        repaired_ms: sql::uint(row.get(9)?),
     })
 }
 
@@ -69,8 +74,12 @@ pub(in crate::client) enum Task {
     Rejoin,
     /// Ask to be taken out.
     Leave,
+    /// Bring back those whom a commit left behind that nobody could take in.
+    BringBack,
     /// Commit what others proposed, and let one's own devices in or out.
     Tidy,
+    /// Tell the key of the group's name, or ask for it.
+    NameKey,
 }
 
 impl Db {
@@ -131,12 +140,6 @@ impl Db {
         Ok(self.connection.prepare_cached(&query)?.query_row([id], read_row).optional()?)
     }
 
-    pub(super) fn set_group_state(&self, id: GroupId, state: i64) -> Result<(), Error> {
-        self.connection.prepare_cached("UPDATE groups SET state = ?2 WHERE id = ?1")?.execute(params![id, state])?;
-        self.mark(|changed| changed.outgoing = true);
-        Ok(())
-    }
-
     /// Notes what members see of a group: its epoch, name and size.
     pub(super) fn note_group(&self, id: GroupId) -> Result<(), Error> {
         let seen = self.in_group(id, |group, engine| Ok((group.epoch(), group.name(engine)?, group.roster()?.accounts().len())))?;
@@ -157,8 +160,10 @@ impl Db {
     pub(in crate::client) fn groups_with_tasks(&self) -> Result<Vec<GroupId>, Error> {
         self.send_unplaced()?;
         let mut select = self.connection.prepare_cached(
-            "SELECT id FROM groups WHERE state = 2 OR state = 1 AND (head > cursor OR due_ms <= ?1 OR leaving = 1)
-             UNION SELECT mls_group FROM group_pending UNION SELECT mls_group FROM group_invitations",
+            "SELECT id FROM groups WHERE state = 2 AND coalesce(repair_ms, 0) <= ?1
+             OR state = 1 AND (head > cursor OR due_ms <= ?1 OR name_due_ms <= ?1 OR leaving = 1)
+             UNION SELECT mls_group FROM group_pending UNION SELECT mls_group FROM group_invitations
+             UNION SELECT mls_group FROM group_left_behind JOIN groups ON id = mls_group WHERE state = 1",
         )?;
         Ok(select.query_map([sql::int(self.now().0)], |row| row.get(0))?.collect::<rusqlite::Result<_>>()?)
     }
@@ -166,18 +171,25 @@ impl Db {
     /// The next thing to do in a group.
     pub(in crate::client) fn group_task(&self, id: GroupId) -> Result<Option<Task>, Error> {
         let row = self.group_row(id)?;
-        let mut select = self.connection.prepare_cached("SELECT epoch FROM group_invitations WHERE mls_group = ?1 ORDER BY epoch DESC")?;
-        let invited: Option<i64> = select.query_row([id], |row| row.get(0)).optional()?;
-        if let Some(epoch) = invited.map(sql::uint) {
-            return Ok(Some(Task::Join { epoch }));
+        let mut select =
+            self.connection.prepare_cached("SELECT epoch, seq FROM group_invitations WHERE mls_group = ?1 ORDER BY epoch DESC")?;
+        let read = |row: &Row<'_>| Ok((sql::uint(row.get(0)?), sql::uint(row.get(1)?)));
+        let invited: Option<(u64, u64)> = select.query_row([id], read).optional()?;
+        if let Some((epoch, seq)) = invited {
+            // Who is still in it and was brought back takes in first what it still can.
+            let behind = row.as_ref().filter(|row| row.state == MEMBER && row.cursor < seq && row.head > row.cursor);
+            return Ok(Some(behind.map_or(Task::Join { epoch }, |row| Task::CatchUp { after: Seq(row.cursor) })));
         }
         let Some(row) = row else { return Ok(None) };
         if matches!(row.state, LEFT | CLOSED) {
             self.connection.execute("DELETE FROM group_pending WHERE mls_group = ?1", [id])?;
             return Ok(None);
         }
+        let now = sql::int(self.now().0);
         if row.state == LOST {
-            return Ok(Some(Task::Rejoin));
+            let mut select = self.connection.prepare_cached("SELECT coalesce(repair_ms, 0) <= ?2 FROM groups WHERE id = ?1")?;
+            let due: bool = select.query_row(params![id, now], |row| row.get(0))?;
+            return Ok(due.then_some(Task::Rejoin));
         }
         if let Some(pending) = self.pending(id)? {
             // Whether another commit came first is for the items to say.
@@ -192,14 +204,21 @@ impl Db {
         if row.head > row.cursor {
             return Ok(Some(Task::CatchUp { after: Seq(row.cursor) }));
         }
-        let mut select = self.connection.prepare_cached("SELECT due_ms IS NOT NULL AND due_ms <= ?2 FROM groups WHERE id = ?1")?;
-        let due: bool = select.query_row(params![id, sql::int(self.now().0)], |row| row.get(0))?;
+        let mut select = self.connection.prepare_cached(
+            "SELECT coalesce(due_ms <= ?2, 0), coalesce(name_due_ms <= ?2, 0),
+             EXISTS (SELECT 1 FROM group_left_behind WHERE mls_group = ?1) FROM groups WHERE id = ?1",
+        )?;
+        let (due, name, behind): (bool, bool, bool) =
+            select.query_row(params![id, now], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))?;
+        if behind {
+            return Ok(Some(Task::BringBack));
+        }
         // Leaving is asked for in the person's name, again in each epoch that did not do it.
         let asked = if row.leaving { self.in_group(id, |group, _| Ok(group.is_leaving()))?? } else { false };
         Ok(match (row.leaving && !asked, due) {
             (true, _) => Some(Task::Leave),
             (false, true) => Some(Task::Tidy),
-            (false, false) => None,
+            (false, false) => name.then_some(Task::NameKey),
         })
     }
 
@@ -256,7 +275,7 @@ impl Db {
     pub(in crate::client) fn groups(&self) -> Result<Vec<GroupSummary>, Error> {
         let query = format!("SELECT {COLUMNS}, muted, expire_s FROM groups");
         let mut select = self.connection.prepare_cached(&query)?;
-        let rows = select.query_map([], |row| Ok((read_row(row)?, row.get::<_, bool>(8)?, row.get::<_, u32>(9)?)))?;
+        let rows = select.query_map([], |row| Ok((read_row(row)?, row.get::<_, bool>(10)?, row.get::<_, u32>(11)?)))?;
         let rows: Vec<(GroupRow, bool, u32)> = rows.collect::<rusqlite::Result<_>>()?;
         let mut groups = Vec::with_capacity(rows.len());
         for (row, muted, expire_s) in rows {

@@ -71,6 +71,13 @@ impl Db {
         Ok(())
     }
 
+    /// Tells all members the key of the group's name, or with none asks them for it.
+    pub(super) fn send_name_key(&self, group: GroupId, key: &[u8]) -> Result<(), Error> {
+        let kind = Kind::GroupNameKey(proto::GroupNameKey { key: Bytes::copy_from_slice(key) });
+        let content = content::new(kind, self.now(), None, &*self.random);
+        self.enqueue_to_group(group, &content, None, false)
+    }
+
     fn next_group_id(&self, group: GroupId) -> Result<ClientMessageId, Error> {
         // As with accounts: a device before this one may have had its number.
         let first = sql::meta_number(&self.connection, FIRST_MESSAGE_ID)?.max(1);
@@ -143,7 +150,7 @@ impl Db {
             }
             Err(error) => {
                 tracing::warn!(%error, "a message to a group can't be encrypted");
-                self.set_group_state(group, super::LOST)?;
+                self.lose_touch(group, super::repair::Loss::Alone)?;
                 Ok(None)
             }
         }

@@ -1,5 +1,8 @@
 //! Devices in groups against a server that is the public state of one group and a vector of items.
 
+#[path = "group_repair.rs"]
+mod repair;
+
 use std::collections::BTreeMap;
 
 use super::*;
@@ -200,6 +203,16 @@ impl Group {
                     self.db(at).rejoined(id, rejoin, Seq(seq)).expect("noted");
                 }
             }
+            Task::BringBack => {
+                let left = self.db(at).to_bring_back(id).expect("read");
+                let among = |one: &usize| left.contains(&self.world.devices[*one].address);
+                let left: Vec<usize> = (0..self.world.devices.len()).filter(among).collect();
+                let packages: Vec<_> = left.into_iter().flat_map(|one| self.packages(one..one + 1)).collect();
+                if !self.db(at).prepare_bring_back(id, &packages).expect("prepared") {
+                    self.db(at).brought_back(id).expect("noted");
+                }
+            }
+            Task::NameKey => self.db(at).name_key_turn(id).expect("said"),
             Task::Leave => {
                 self.db(at).prepare_leave(id).expect("prepared");
             }
