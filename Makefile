@@ -2,8 +2,8 @@
 
 CARGO ?= cargo
 # Tests that run on both profiles from one source; the first run of them, by `make unit`, is on the embedded one.
-ON_BOTH := delivery client_e2e client_repair client_kill kill_audit canary isolation http_accounts http_edge http_key_packages http_keys \
-	http_messages http_realms http_stream draining timers private_ca dashboards tracing
+ON_BOTH := delivery client_e2e client_repair client_groups client_kill groups groups_kill kill_audit load_groups canary isolation http_accounts \
+	http_edge http_key_packages http_keys http_messages http_realms http_stream draining timers private_ca dashboards tracing
 # Seconds for each fuzz target of `make fuzz`.
 FUZZ_SECONDS ?= 20
 # Kafka brokers of `make test-cluster`: 1, or 3 with replication 3 and at least 2 in sync.
