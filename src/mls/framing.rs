@@ -94,7 +94,8 @@ pub fn is_written_in(message: &[u8], group: GroupId, epoch: u64) -> bool {
 }
 
 /// Parts of a commit in a PublicMessage.
-pub(super) struct CommitParts<'b> {
+#[derive(Debug)]
+pub struct CommitParts<'b> {
     /// Keys that others will encrypt to, from its path: the leaf's, then those of the nodes above it. None: it has no path.
     pub path_keys: Vec<&'b [u8]>,
     /// What proves to members that its sender came to the same secrets.
@@ -102,7 +103,7 @@ pub(super) struct CommitParts<'b> {
 }
 
 /// Of a commit (an MLSMessage with a PublicMessage).
-pub(super) fn commit(message: &[u8]) -> Result<CommitParts<'_>, Malformed> {
+pub fn commit(message: &[u8]) -> Result<CommitParts<'_>, Malformed> {
     let mut reader = Reader::of(message, PUBLIC_MESSAGE)?;
     reader.vector()?; // group id
     reader.take(8)?; // epoch
