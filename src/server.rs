@@ -366,14 +366,15 @@ impl Broker {
                 clock: Arc::clone(&clock),
             };
             let group_parts = rebuild::group_parts(&parts, &config)?;
+            let keys = metadata::keys(&config)?;
             let keeping = projecting::Keeping {
                 pace: pace(&config),
-                metadata: metadata::keys(&config)?,
+                metadata: keys.clone(),
                 alone: !config.is_cluster(),
                 beside: backends.view.each.clone(),
             };
             let (thread, watching) = projecting::spawn(parts, keeping, projector_stops.clone(), failing.clone())?;
-            let (groups_thread, watching_groups) = projecting::spawn_groups(group_parts, projector_stops, failing.clone())?;
+            let (groups_thread, watching_groups) = projecting::spawn_groups(group_parts, keys, projector_stops, failing.clone())?;
             if !config.is_cluster() {
                 projecting::wait_until_caught_up(watching.clone(), failed.clone()).await?;
                 projecting::wait_until_caught_up(watching_groups.clone(), failed.clone()).await?;

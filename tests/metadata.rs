@@ -2,6 +2,9 @@
 //! names an account or holds content.
 #![allow(clippy::unwrap_used, reason = "a test")]
 
+#[path = "support/member.rs"]
+mod member;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write as _;
 use std::os::unix::fs::PermissionsExt as _;
@@ -10,13 +13,15 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use reqwest::Method;
+use member::Member;
+use reqwest::{Method, StatusCode};
 use sealpost::cli::canary::Canary;
 use sealpost::cli::child::BrokerProcess;
 use sealpost::cli::load::{Plan, Progress, Report, on_own_thread, traffic};
-use sealpost::clock::{Clock as _, ManualClock, SystemClock};
+use sealpost::client::core::groups::Change;
+use sealpost::clock::{Clock as _, ManualClock, SystemClock, SystemRandom};
 use sealpost::config::{Config, Role};
-use sealpost::ids::{Offset, Partition};
+use sealpost::ids::{GroupId, Offset, Partition};
 use sealpost::limits;
 use sealpost::log::embedded::{EmbeddedLog, LogObserver, Options};
 use sealpost::log::{EventLog, PartitionCounts, Topic, TopicPartition};
@@ -386,6 +391,46 @@ async fn every_step_of_a_life_is_there_once() -> anyhow::Result<()> {
     let count = |kind| of(kind).len();
     assert_eq!((count(Kind::AccountCreated), count(Kind::AccountDeleted), count(Kind::IdentityLinked)), (2, 1, 2));
     assert_eq!((count(Kind::DeviceRegistered), count(Kind::DeviceRevoked), count(Kind::IdentityUnlinked)), (4, 3, 1));
+    Ok(())
+}
+
+/// What happens in a group: once, by whom, and nothing that names it.
+#[tokio::test]
+async fn every_step_of_a_group_is_there_once() -> anyhow::Result<()> {
+    let mut broker = Broker::start_with(|config| config.metadata.enabled = Some(true)).await?;
+    let group = GroupId::random(&SystemRandom);
+    let mut owner = Member::new(broker.device("alice@socialink").await?, group);
+    let mut other = [Member::new(broker.device("bob@vignette").await?, group)];
+    owner.create().await;
+    owner.add(&mut other).await;
+    let [mut other] = other;
+    other.join().await;
+    let late = other.change(&Change::default());
+    owner.commit(&Change::default()).await;
+    assert_eq!(other.submit(&late).await.0, StatusCode::CONFLICT);
+    let send = owner.next_send(&[7; 900]);
+    assert_eq!(owner.post(&send).await, owner.post(&send).await, "a repeat");
+    let (status, _) = owner.call(Method::DELETE, &owner.path(""), None).await;
+    assert_eq!(status, StatusCode::NO_CONTENT);
+    broker.stop().await;
+
+    let found: Vec<_> = records(broker.data()).await.into_iter().filter(|record| !record.group.is_empty()).collect();
+    let of = |kind: Kind| found.iter().filter(|record| record.kind() == kind).collect::<Vec<_>>();
+    let count = |kind| of(kind).len();
+    assert_eq!((count(Kind::GroupCreated), count(Kind::GroupCommitAccepted), count(Kind::GroupCommitRefused)), (1, 2, 1), "{found:?}");
+    assert_eq!((count(Kind::GroupMessage), count(Kind::GroupClosed), found.len()), (1, 1, 6), "{found:?}");
+    let created = of(Kind::GroupCreated)[0];
+    let same = |record: &MetadataRecord| (record.group.clone(), record.key_id.clone(), record.event_id[..5].to_vec());
+    assert!(found.iter().all(|record| same(record) == same(created) && record.device == 1 && record.sender.is_empty()));
+    assert_eq!(created.event_id[0], 3);
+    let by_other = found.iter().filter(|record| record.account != created.account).map(MetadataRecord::kind);
+    assert!(by_other.eq([Kind::GroupCommitRefused]));
+    let size = |kind| of(kind)[0].size_bucket as usize;
+    assert_eq!((size(Kind::GroupCreated), size(Kind::GroupClosed)), (0, 0));
+    assert_eq!(size(Kind::GroupMessage), sealpost::wire::padding::padded_len(send.content.len()));
+    assert_eq!(size(Kind::GroupCommitRefused), sealpost::wire::padding::padded_len(late.commit.len()));
+    let names = [&group.as_bytes()[..], owner.addr().account.as_bytes(), other.addr().account.as_bytes()];
+    assert!(found.iter().all(|record| names.iter().all(|name| record.group != *name && record.account != *name)));
     Ok(())
 }
 

@@ -144,7 +144,9 @@ fn pretty(record: &MetadataRecord) -> String {
     };
     let account = short(&record.account, record.device);
     let mut out = format!("{}  {:<17} ", time(record.time_ms), line.kind.replace('_', " "));
-    if record.sender.is_empty() {
+    if !record.group.is_empty() {
+        out += &format!("{account:<12} → {:<12} {:>7} B", short(&record.group, 0), record.size_bucket);
+    } else if record.sender.is_empty() {
         out += &account;
     } else {
         out += &format!("{:<12} → {account:<12} {:>7} B", short(&record.sender, record.sender_device), record.size_bucket);
@@ -200,6 +202,14 @@ mod tests {
             pretty(&record),
             "2023-11-14T22:13:20.123Z  delivered         cdcdcdcd.1   → abababab.2       320 B  after 17 ms  urgent"
         );
+        let written = MetadataRecord {
+            kind: Kind::GroupMessage as i32,
+            sender: bytes::Bytes::new(),
+            group: vec![0xef; 16].into(),
+            urgent: false,
+            ..record.clone()
+        };
+        assert_eq!(pretty(&written), "2023-11-14T22:13:20.123Z  group message     abababab.2   → efefefef         320 B");
         let revoked = MetadataRecord { kind: Kind::DeviceRevoked as i32, sender: bytes::Bytes::new(), ..record };
         assert_eq!(pretty(&revoked), "2023-11-14T22:13:20.123Z  device revoked    abababab.2  urgent");
     }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use ring::hmac;
 
 use crate::clock::UnixMillis;
-use crate::ids::AccountId;
+use crate::ids::{AccountId, GroupId};
 use crate::limits;
 
 const DAY_MS: u64 = 24 * 3600 * 1000;
@@ -59,6 +59,7 @@ struct Period {
     key: hmac::Key,
     /// A hash costs four times what a look-up does, and the same few people write all the time.
     known: HashMap<AccountId, [u8; 16]>,
+    groups: HashMap<GroupId, [u8; 16]>,
 }
 
 /// Hides accounts, and remembers those it hid lately.
@@ -86,6 +87,16 @@ impl Pseudonyms {
 
     /// The account as it is called in the period of this time.
     pub fn of(&mut self, account: &AccountId, time: UnixMillis) -> Hidden {
+        let period = self.period(time);
+        Hidden { key_id: period.id, pseudonym: period.of(account) }
+    }
+
+    /// The group as it is called then.
+    pub fn of_group(&mut self, group: &GroupId, time: UnixMillis) -> [u8; 16] {
+        self.period(time).of_group(group)
+    }
+
+    fn period(&mut self, time: UnixMillis) -> &mut Period {
         let start = time.0 - time.0 % self.rotate_ms;
         match self.periods.iter().position(|period| period.start == start) {
             Some(0) => {}
@@ -95,8 +106,7 @@ impl Pseudonyms {
                 self.periods.insert(0, Period::new(&self.secret, start));
             }
         }
-        let period = &mut self.periods[0];
-        Hidden { key_id: period.id, pseudonym: period.of(account) }
+        &mut self.periods[0]
     }
 }
 
@@ -107,7 +117,7 @@ impl Period {
         context.update(&start.to_be_bytes());
         let key = hmac::Key::new(hmac::HMAC_SHA256, context.sign().as_ref());
         let id = first(&hmac::sign(&key, b"key id"));
-        Self { start, id, key, known: HashMap::new() }
+        Self { start, id, key, known: HashMap::new(), groups: HashMap::new() }
     }
 
     fn of(&mut self, account: &AccountId) -> [u8; 16] {
@@ -119,6 +129,21 @@ impl Period {
         }
         let pseudonym = first(&hmac::sign(&self.key, account.as_bytes()));
         self.known.insert(*account, pseudonym);
+        pseudonym
+    }
+
+    fn of_group(&mut self, group: &GroupId) -> [u8; 16] {
+        if let Some(known) = self.groups.get(group) {
+            return *known;
+        }
+        if self.groups.len() >= limits::METADATA_PSEUDONYMS {
+            self.groups.clear();
+        }
+        let mut context = hmac::Context::with_key(&self.key);
+        context.update(b"group");
+        context.update(group.as_bytes());
+        let pseudonym = first(&context.sign());
+        self.groups.insert(*group, pseudonym);
         pseudonym
     }
 }
@@ -146,6 +171,9 @@ mod tests {
             let hidden = some().of(&account, UnixMillis(vector["time_ms"].as_u64().expect("a number")));
             assert_eq!(hex(&hidden.key_id), vector["key_id"], "{vector}");
             assert_eq!(hex(&hidden.pseudonym), vector["pseudonym"], "{vector}");
+            let group = GroupId::from_bytes(*account.as_bytes());
+            let group = some().of_group(&group, UnixMillis(vector["time_ms"].as_u64().expect("a number")));
+            assert_eq!(hex(&group), vector["group"], "the same id, of a group: {vector}");
         }
     }
 

@@ -34,7 +34,11 @@ pub enum Malformed {
 /// The id of a step: the same whenever and by whomever it is found.
 pub fn event_id(source: TopicPartition, step: &Step) -> [u8; EVENT_ID_BYTES] {
     let mut id = [0; EVENT_ID_BYTES];
-    id[0] = if source.topic == Topic::Directory { 2 } else { 1 };
+    id[0] = match source.topic {
+        Topic::Directory => 2,
+        Topic::Groups => 3,
+        _ => 1,
+    };
     id[1..3].copy_from_slice(&((step.at.0 >> 48) as u16).to_be_bytes());
     let Partition(partition) = source.partition;
     id[3..5].copy_from_slice(&partition.to_be_bytes());
@@ -47,8 +51,19 @@ pub fn event_id(source: TopicPartition, step: &Step) -> [u8; EVENT_ID_BYTES] {
     id
 }
 
+/// Who a step is about, hidden.
+#[derive(Debug, Clone, Copy)]
+pub struct Who {
+    /// The account.
+    pub account: Hidden,
+    /// A message's sender.
+    pub sender: Option<Hidden>,
+    /// The group's pseudonym.
+    pub group: Option<[u8; 16]>,
+}
+
 /// Appends one record of a `MetadataBatch`.
-pub fn put(out: &mut Vec<u8>, source: TopicPartition, step: &Step, appended: UnixMillis, account: Hidden, sender: Option<Hidden>) {
+pub fn put(out: &mut Vec<u8>, source: TopicPartition, step: &Step, appended: UnixMillis, who: &Who) {
     // Field 1 of the batch; a record is always below 128 bytes, so its length is one byte.
     out.push(0x0a);
     let at = out.len();
@@ -57,10 +72,10 @@ pub fn put(out: &mut Vec<u8>, source: TopicPartition, step: &Step, appended: Uni
     put_bytes(out, 1, &event_id(source, step));
     put_number(out, 2, time.0);
     put_number(out, 3, step.kind as u64);
-    put_bytes(out, 4, &account.key_id);
-    put_bytes(out, 5, &account.pseudonym);
+    put_bytes(out, 4, &who.account.key_id);
+    put_bytes(out, 5, &who.account.pseudonym);
     put_number(out, 6, step.device.map_or(0, |device| u64::from(device.get())));
-    if let (Some(sender), Some(addr)) = (sender, step.sender) {
+    if let (Some(sender), Some(addr)) = (who.sender, step.sender) {
         put_bytes(out, 7, &sender.pseudonym);
         put_number(out, 8, u64::from(addr.device.get()));
         put_number(out, 9, padded_len(step.size_bytes as usize) as u64);
@@ -71,8 +86,14 @@ pub fn put(out: &mut Vec<u8>, source: TopicPartition, step: &Step, appended: Uni
             put_number(out, 13, time.since(step.began));
         }
     }
+    if let Some(group) = &who.group {
+        if step.size_bytes > 0 {
+            put_number(out, 9, padded_len(step.size_bytes as usize) as u64);
+        }
+        put_bytes(out, 14, group);
+    }
     let len = out.len() - at - 1;
-    assert!(len < RECORD_BYTES_MAX - 2, "the fields' largest sizes add up to 104");
+    assert!(len < RECORD_BYTES_MAX - 2, "the fields' largest sizes add up to 104, and a group has no sender");
     out[at] = len as u8;
 }
 
@@ -105,6 +126,7 @@ pub fn decode(batch: &Bytes) -> Result<Vec<MetadataRecord>, Malformed> {
         length("key_id", &record.key_id, &[8])?;
         length("account", &record.account, &[16])?;
         length("sender", &record.sender, &[0, 16])?;
+        length("group", &record.group, &[0, 16])?;
     }
     Ok(records)
 }
@@ -146,6 +168,9 @@ pub struct Line {
     /// Of what was delivered.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub latency_ms: Option<u64>,
+    /// 32 hexadecimal digits.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub group: String,
 }
 
 #[allow(clippy::trivially_copy_pass_by_ref, reason = "serde asks for a reference")]
@@ -170,6 +195,7 @@ impl From<&MetadataRecord> for Line {
             ephemeral: record.ephemeral,
             devices: record.devices,
             latency_ms: (record.kind() == Kind::Delivered).then_some(record.latency_ms),
+            group: hex(&record.group),
         }
     }
 }
@@ -179,10 +205,14 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::ids::{AccountId, DeviceAddr, Generation, Offset, Seq};
+    use crate::ids::{AccountId, DeviceAddr, Generation, GroupId, Offset, Seq};
 
     fn hidden(byte: u8) -> Hidden {
         Hidden { key_id: [9; 8], pseudonym: [byte; 16] }
+    }
+
+    fn both(account: u8, sender: u8) -> Who {
+        Who { account: hidden(account), sender: Some(hidden(sender)), group: None }
     }
 
     fn source(topic: Topic, partition: u16) -> TopicPartition {
@@ -203,6 +233,7 @@ mod tests {
             size_bytes: 1_601,
             flags: flags::URGENT,
             devices: if kind == Kind::Accepted { 2 } else { 0 },
+            group: None,
         }
     }
 
@@ -211,11 +242,16 @@ mod tests {
     fn bytes_of_records_are_stable() {
         let mut out = Vec::new();
         let inbox = source(Topic::Inbox, 7);
-        put(&mut out, inbox, &message(Kind::Accepted), UnixMillis(1_700_000_000_100), hidden(1), Some(hidden(2)));
-        put(&mut out, inbox, &message(Kind::Delivered), UnixMillis(1_700_000_000_100), hidden(1), Some(hidden(2)));
+        put(&mut out, inbox, &message(Kind::Accepted), UnixMillis(1_700_000_000_100), &both(1, 2));
+        put(&mut out, inbox, &message(Kind::Delivered), UnixMillis(1_700_000_000_100), &both(1, 2));
         let device =
             Step { kind: Kind::DeviceRegistered, sender: None, device: message(Kind::Delivered).device, ..message(Kind::Accepted) };
-        put(&mut out, source(Topic::Directory, 0), &device, UnixMillis(1), hidden(3), None);
+        let who = Who { account: hidden(3), sender: None, group: None };
+        put(&mut out, source(Topic::Directory, 0), &device, UnixMillis(1), &who);
+        let by = (AccountId::from_bytes([1; 16]), device.device);
+        let group = GroupId::from_bytes([8; 16]);
+        let written = Step::in_group(Kind::GroupMessage, device.at, group, by, device.began, 200);
+        put(&mut out, source(Topic::Groups, 4), &written, UnixMillis(1), &Who { account: hidden(1), sender: None, group: Some([8; 16]) });
         let golden: serde_json::Value =
             serde_json::from_str(include_str!("../../topology/analytics/golden.json")).expect("the vectors are JSON");
         assert_eq!(hex(&out), golden["batch"]["bytes"], "bytes");
@@ -228,7 +264,7 @@ mod tests {
         let bucket = |size_bytes| {
             let mut out = Vec::new();
             let step = Step { size_bytes, ..message(Kind::Accepted) };
-            put(&mut out, source(Topic::Inbox, 0), &step, UnixMillis(0), hidden(1), Some(hidden(2)));
+            put(&mut out, source(Topic::Inbox, 0), &step, UnixMillis(0), &both(1, 2));
             decode(&out.into()).expect("decodes")[0].size_bucket
         };
         assert_eq!([1, 160, 161, 1_600, 1_601, 40_000].map(bucket), [160, 160, 320, 1_600, 1_664, 40_960]);
@@ -258,12 +294,13 @@ mod tests {
         /// What is written by hand is what the generated codec writes, and no two steps share an id.
         #[test]
         fn the_bytes_are_those_of_the_generated_codec(
-            (kind, generation, offset, partition) in (0..5usize, any::<u16>(), 0u64..1 << 47, any::<u16>()),
+            (kind, generation, offset, partition) in (0..6usize, any::<u16>(), 0u64..1 << 47, any::<u16>()),
             (began, appended, size_bytes) in (any::<u64>(), any::<u64>(), 0u32..1 << 24),
             (device, sender_device, index, flag, devices) in (0u32..=127, 1u32..=127, any::<u8>(), 0u8..4, any::<u8>()),
         ) {
-            let kind = [Kind::Accepted, Kind::Delivered, Kind::Expired, Kind::Rejected, Kind::AccountDeleted][kind];
-            let is_message = kind != Kind::AccountDeleted;
+            let kind = [Kind::Accepted, Kind::Delivered, Kind::Expired, Kind::Rejected, Kind::AccountDeleted, Kind::GroupClosed][kind];
+            let is_message = !matches!(kind, Kind::AccountDeleted | Kind::GroupClosed);
+            let in_group = kind == Kind::GroupClosed;
             let sender = DeviceAddr { account: AccountId::from_bytes([2; 16]), device: DeviceId::new(sender_device).expect("valid") };
             let step = Step {
                 kind,
@@ -276,10 +313,12 @@ mod tests {
                 size_bytes,
                 flags: flag,
                 devices,
+                group: in_group.then_some(GroupId::from_bytes([3; 16])),
             };
-            let topic = if is_message { Topic::Inbox } else { Topic::Directory };
+            let topic = if in_group { Topic::Groups } else if is_message { Topic::Inbox } else { Topic::Directory };
             let mut out = Vec::new();
-            put(&mut out, source(topic, partition), &step, UnixMillis(appended), hidden(1), is_message.then_some(hidden(2)));
+            let who = Who { account: hidden(1), sender: is_message.then_some(hidden(2)), group: in_group.then_some([4; 16]) };
+            put(&mut out, source(topic, partition), &step, UnixMillis(appended), &who);
             prop_assert!(out.len() <= RECORD_BYTES_MAX);
             let batch = MetadataBatch::decode(&out[..]).expect("decodes");
             prop_assert_eq!(&batch.encode_to_vec(), &out);

@@ -7,7 +7,7 @@ use crate::ids::Partition;
 use crate::limits;
 use crate::log::{Topic, TopicPartition};
 use crate::metadata::pseudonym::Pseudonyms;
-use crate::metadata::record::{RECORD_BYTES_MAX, put};
+use crate::metadata::record::{RECORD_BYTES_MAX, Who, put};
 use crate::metadata::step::Step;
 
 /// See the module. One projector has one.
@@ -29,13 +29,14 @@ impl Recorder {
     pub fn add(&mut self, source: TopicPartition, appended: UnixMillis, step: &Step) {
         let account = self.pseudonyms.of(&step.account, step.began);
         let sender = step.sender.map(|sender| self.pseudonyms.of(&sender.account, step.began));
+        let group = step.group.map(|group| self.pseudonyms.of_group(&group, step.began));
         // By source, so that an account's steps stay in order; its pseudonym would spread one account over two partitions.
         let number = usize::from(source.partition.0) % self.open.len();
         let batch = &mut self.open[number];
         if batch.capacity() == 0 {
             batch.reserve_exact(limits::METADATA_BATCH_BYTES);
         }
-        put(batch, source, step, appended, account, sender);
+        put(batch, source, step, appended, &Who { account, sender, group });
         self.records += 1;
         if batch.len() + RECORD_BYTES_MAX > limits::METADATA_BATCH_BYTES {
             self.full.push((partition(number), std::mem::take(batch).into()));
@@ -79,6 +80,7 @@ mod tests {
             size_bytes: 0,
             flags: 0,
             devices: 0,
+            group: None,
         }
     }
 

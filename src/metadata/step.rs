@@ -1,7 +1,7 @@
 //! Steps: what happened, seen from an event at its position. Pure.
 
 use crate::clock::UnixMillis;
-use crate::ids::{AccountId, DeviceAddr, DeviceId, Seq};
+use crate::ids::{AccountId, DeviceAddr, DeviceId, GroupId, Seq};
 use crate::wire::event::{AccountRecord, DirectoryChange, DirectoryCommand, EnvelopesAccepted, ReceiptKind};
 use crate::wire::metadata::MetadataKind as Kind;
 
@@ -14,7 +14,7 @@ pub struct Step {
     pub at: Seq,
     /// Tells steps of one kind, device and event apart.
     pub index: u8,
-    /// The message's recipient, or the account that changed.
+    /// The message's recipient, who did something in a group, or the account that changed.
     pub account: AccountId,
     /// The account's device, if the step is about one.
     pub device: Option<DeviceId>,
@@ -28,6 +28,8 @@ pub struct Step {
     pub flags: u8,
     /// Devices that an accepted message is for.
     pub devices: u8,
+    /// The group, if the step is about one.
+    pub group: Option<GroupId>,
 }
 
 /// What is known of an envelope when it is settled.
@@ -62,6 +64,7 @@ impl Step {
             size_bytes: largest.saturating_sub(overhead) as u32,
             flags: accepted.flags,
             devices: accepted.envelopes.len() as u8,
+            group: None,
         }
     }
 
@@ -83,7 +86,22 @@ impl Step {
             size_bytes: of.size_bytes as u32,
             flags: of.flags,
             devices: 0,
+            group: None,
         }
+    }
+
+    /// Somebody did something in a group; without a device: the server, on an account's behalf.
+    pub const fn in_group(
+        kind: Kind,
+        at: Seq,
+        group: GroupId,
+        by: (AccountId, Option<DeviceId>),
+        began: UnixMillis,
+        size_bytes: usize,
+    ) -> Self {
+        let (account, device) = by;
+        let (index, sender, size_bytes, group) = (0, None, size_bytes as u32, Some(group));
+        Self { kind, at, index, account, device, sender, began, size_bytes, flags: 0, devices: 0, group }
     }
 
     /// When it happened. `appended`: when the event that brought it about was.
@@ -109,6 +127,7 @@ pub fn of_command(at: Seq, command: &DirectoryCommand, before: Option<&AccountRe
         size_bytes: 0,
         flags: 0,
         devices: 0,
+        group: None,
     };
     let mut steps = Vec::new();
     match &command.change {

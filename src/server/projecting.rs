@@ -51,12 +51,13 @@ pub(super) fn spawn(
 /// The projector of groups, on a thread of its own: checking a commit of a big group keeps it busy for long.
 pub(super) fn spawn_groups(
     parts: GroupParts,
+    metadata: Option<Keys>,
     stop: watch::Receiver<bool>,
     failing: watch::Sender<Option<ServerError>>,
 ) -> Result<(std::thread::JoinHandle<()>, watch::Receiver<Progress>), ServerError> {
     let begin = move |stop| {
         let (worker, progress) = GroupWorker::new(parts.clone());
-        (worker.run(stop), progress)
+        (worker.recording(metadata.as_ref()).run(stop), progress)
     };
     on_thread("groups", begin, stop, failing)
 }

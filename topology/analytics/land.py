@@ -40,6 +40,7 @@ SCHEMA = pa.schema([
     ("ephemeral", pa.bool_()),
     ("devices", pa.uint8()),
     ("latency_ms", pa.uint64()),
+    ("group", pa.string()),
 ], metadata={"source": "sealpost metadata, schemas/metadata.proto"})
 # Records that are put into one file, and how long they may wait for others.
 ROWS = 500_000
@@ -69,6 +70,7 @@ def row(record):
         "ephemeral": record.get("ephemeral", False) if is_message else None,
         "devices": record.get("devices"),
         "latency_ms": record.get("latency_ms"),
+        "group": record.get("group"),
     }
 
 
@@ -108,8 +110,9 @@ class Codec:
             for name in ("device", "sender_device", "size_bucket", "urgent", "ephemeral", "devices"):
                 if getattr(record, name):
                     out[name] = getattr(record, name)
-            if record.sender:
-                out["sender"] = record.sender.hex()
+            for name in ("sender", "group"):
+                if getattr(record, name):
+                    out[name] = getattr(record, name).hex()
             if kind == "delivered":
                 out["latency_ms"] = record.latency_ms
             yield out

@@ -32,6 +32,8 @@ class Schema(unittest.TestCase):
             key = hmac.digest(secret, b"sealpost metadata" + period.to_bytes(8, "big"), "sha256")
             self.assertEqual(hmac.digest(key, b"key id", "sha256")[:8].hex(), vector["key_id"])
             self.assertEqual(hmac.digest(key, uuid.UUID(vector["account"]).bytes, "sha256")[:16].hex(), vector["pseudonym"])
+            group = b"group" + uuid.UUID(vector["account"]).bytes
+            self.assertEqual(hmac.digest(key, group, "sha256")[:16].hex(), vector["group"])
 
     @unittest.skipUnless(shutil.which("protoc"), "protoc is not installed")
     def test_batches_read_the_same_as_the_brokers_own_json(self):

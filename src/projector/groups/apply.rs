@@ -13,6 +13,7 @@ use super::saved::State;
 use crate::clock::{Random, UnixMillis};
 use crate::ids::{AccountId, ClientMessageId, DeviceAddr, EdgeId, GroupId, Seq};
 use crate::limits;
+use crate::metadata::Step;
 use crate::mls::framing;
 use crate::mls::public::{Public, Refused};
 use crate::mls::rules::{Actor, Roster};
@@ -26,6 +27,7 @@ use crate::wire::event;
 use crate::wire::group_event::{GroupEvent, GroupEventBody};
 
 mod begin;
+mod steps;
 
 pub use begin::{begin, is_state, lacks};
 
@@ -61,6 +63,8 @@ pub struct Effects {
     pub follow_ups: Vec<(GroupId, Vec<DeviceAddr>)>,
     /// Commits that were accepted and refused.
     pub commits: [u64; 2],
+    /// For topic `metadata`.
+    pub steps: Vec<Step>,
 }
 
 /// What applying works with.
@@ -171,6 +175,7 @@ pub fn apply(group: &mut Option<Group>, met: Met<'_>, tools: Tools<'_>, effects:
         (_, None) => Some(Err(GroupVerdict::NotFound)),
         (_, Some(group)) => group.meet(met, tools, effects),
     };
+    steps::note(met, verdict.as_ref(), group.as_ref(), effects);
     if group.as_ref().is_some_and(|group| group.over) {
         *group = None;
     }
@@ -337,7 +342,14 @@ impl Group {
         if let GroupEventBody::EdgeAttached { edge } = met.event.body {
             effects.pushes.push((edge, self.attached()));
         }
-        let Some(item) = self.stored.get(&met.at) else { return };
+        let Some(item) = self.stored.get(&met.at) else {
+            // An accepted one left an item, and what is asked again is known by its digest.
+            if matches!(&met.event.body, GroupEventBody::Commit { commit, .. } if self.begun_by != Some(digest(commit))) {
+                steps::note(met, Some(&Err(self.conflict())), Some(self), effects);
+            }
+            return;
+        };
+        steps::note(met, Some(&Ok((item.seq, item.epoch))), Some(self), effects);
         for (edge, _) in &self.head.edges {
             let roster = (item.kind == GroupItemKind::Commit).then(|| Box::new(self.roster.clone()));
             effects.pushes.push((*edge, Push::GroupItem { group: self.id, item: item.clone(), roster }));

@@ -28,6 +28,9 @@ use crate::wire::group_event::{GroupEvent, GroupEventBody};
 /// How long a state that is on its way is waited for.
 const AGAIN: Duration = Duration::from_millis(limits::GROUP_STATE_AGAIN_MS);
 
+/// What the log has of partitions: from where, and what comes next.
+type Windows = HashMap<Partition, (Offset, Offset)>;
+
 /// What a projector has to say.
 #[derive(Default)]
 pub(super) struct Stating {
@@ -35,7 +38,7 @@ pub(super) struct Stating {
     /// What is due or on its way, and since when.
     asked: HashMap<GroupId, Instant>,
     /// A walk over all groups: behind which it goes on, and what the log had of the partitions when it began.
-    walk: Option<(Option<GroupId>, HashMap<Partition, (Offset, Offset)>)>,
+    walk: Option<(Option<GroupId>, Windows)>,
     under_way: JoinSet<Result<(), AppendError>>,
 }
 

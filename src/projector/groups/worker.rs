@@ -6,7 +6,7 @@
 //! 2. invitations and follow-ups are appended: a crash before the heads applies the events again, and appends them twice at worst;
 //! 3. heads and snapshots are written: from here on a replay only tells again;
 //! 4. pushes go out;
-//! 5. once they are safe, with the next batch or a little later, the position is written.
+//! 5. once they and the records of topic `metadata` are safe, with the next batch or a little later, the position is written.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
@@ -16,6 +16,7 @@ use bytes::Bytes;
 use futures_util::future::{BoxFuture, try_join_all};
 use prost::Message as _;
 use tokio::sync::watch;
+use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use super::apply::{self, Effects, Group, Invitation, Met, Tools};
@@ -25,11 +26,13 @@ use crate::clock::{Clock, Random, UnixMillis};
 use crate::ids::{AccountId, DeviceAddr, Generation, GroupId, Offset, Partition, Seq};
 use crate::limits;
 use crate::log::{AppendError, Consumed, Consumer, EventLog, Record, Topic, TopicPartition};
+use crate::metadata;
 use crate::metrics;
 use crate::mls::sender::ServerKey;
 use crate::projector::apply::FROM_SERVER;
 use crate::projector::behind::retry;
 use crate::projector::push::{PushBus, push_all};
+use crate::projector::recording::Recording;
 use crate::projector::worker::{Progress, WorkerError, append, append_for, undecodable};
 use crate::store::groups::{GroupItemKind, GroupStore, GroupWrite};
 use crate::store::seal::{Context, OVERHEAD, SealKey, Sealer};
@@ -160,6 +163,9 @@ pub struct Worker {
     /// It makes a view that nobody looks at yet.
     pub(super) shadow: bool,
     looks: Looks,
+    /// Topic `metadata`, if it is written, and what is on its way there: a position is written behind it.
+    recording: Option<Recording>,
+    recorded: Vec<JoinHandle<Result<(), AppendError>>>,
     pub(super) stating: Stating,
 }
 
@@ -184,6 +190,8 @@ impl Worker {
             quiet_before: HashMap::new(),
             shadow: false,
             looks: Looks::default(),
+            recording: None,
+            recorded: Vec::new(),
             stating: Stating::default(),
         };
         (worker, receiver)
@@ -198,6 +206,12 @@ impl Worker {
     /// Makes a view beside the live one: appends nothing, whatever happens.
     pub const fn shadow(mut self) -> Self {
         self.shadow = true;
+        self
+    }
+
+    /// Writes topic `metadata`.
+    pub fn recording(mut self, keys: Option<&metadata::Keys>) -> Self {
+        self.recording = keys.map(|keys| Recording::new(keys, Arc::clone(&self.parts.log)));
         self
     }
 
@@ -347,6 +361,11 @@ impl Worker {
         if is_quiet {
             effects.invitations.truncate(invitations);
             effects.follow_ups.truncate(follow_ups);
+            effects.steps.clear();
+        }
+        match &mut self.recording {
+            Some(recording) => recording.add(tp, record.appended, &mut effects.steps),
+            None => effects.steps.clear(),
         }
         Ok(())
     }
@@ -388,6 +407,13 @@ impl Worker {
             retry(|| groups.write_groups(write.clone())).await?;
         }
         push_all(self.parts.bus.as_ref(), effects.pushes.drain(..)).await;
+        if let Some(recording) = &mut self.recording {
+            self.recorded.extend(recording.send(false));
+            if recording.is_ahead() {
+                recording.settled();
+                self.recorded().await?;
+            }
+        }
         if let Some(owned) = self.owned.get_mut(&partition) {
             owned.next = last.next();
         }
@@ -406,8 +432,21 @@ impl Worker {
         Ok(())
     }
 
+    /// Waits for what is on its way to topic `metadata`.
+    async fn recorded(&mut self) -> Result<(), WorkerError> {
+        for recorded in self.recorded.drain(..) {
+            recorded.await.unwrap_or(Err(AppendError::Closed))?;
+        }
+        Ok(())
+    }
+
     async fn write_position(&mut self, consumer: &mut dyn Consumer) -> Result<(), WorkerError> {
         let Some(position) = self.position.take() else { return Ok(()) };
+        if let Some(recording) = &mut self.recording {
+            self.recorded.extend(recording.send(true));
+            recording.settled();
+        }
+        self.recorded().await?;
         position.settled.await?;
         for (partition, next) in position.next {
             let write = GroupWrite { position: Some((partition, next)), ..GroupWrite::default() };

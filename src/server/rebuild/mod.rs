@@ -76,6 +76,7 @@ pub async fn rebuild(config: &Config, on_progress: impl Fn(u64)) -> Result<Rebui
     let worker = worker.recording(metadata::keys(config)?.as_ref());
     let records = worker.whole().quiet_before(quiet).catch_up(on_progress).await?;
     let (worker, _) = GroupWorker::new(group_parts);
+    let worker = worker.recording(metadata::keys(config)?.as_ref());
     let records = records + worker.quiet_before(of_groups).catch_up().await?;
     log.close().await;
     Ok(Rebuilt { records, elapsed: started.elapsed() })

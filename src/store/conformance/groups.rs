@@ -227,9 +227,26 @@ pub async fn group_states(fixture: &dyn Fixture) -> Outcome {
     assert_eq!((store.group(one).await?, store.group_roster(one).await?), (None, None));
     assert_eq!((all(&*store, one).await?, store.groups_of(account(20), None, 9).await?), (vec![], vec![]));
     assert!(store.group(other).await?.is_some(), "another group");
-    // The id may be used again.
-    store.write_groups(GroupWrite { heads: vec![(one, head(70))], ..Default::default() }).await?;
-    assert_eq!(store.group(one).await?, Some(head(70)));
+    // The id may be used again, also in the write in which all of that ends.
+    let made = |at: u64| GroupWrite {
+        items: vec![(one, message(at, 1, 1))],
+        snapshots: vec![(one, 0, Seq(at), vec![at as u8])],
+        trees: vec![(one, 0, Seq(at), vec![at as u8])],
+        infos: vec![(one, Seq(at), vec![at as u8])],
+        rosters: vec![(one, Seq(at), GroupRoster::default())],
+        marks: vec![(one, device(1, 1), Mark { high: at, seen: 1, applied: Seq(at) })],
+        heads: vec![(one, head(at))],
+        ..Default::default()
+    };
+    store.write_groups(made(70)).await?;
+    store
+        .write_groups(GroupWrite { drop_to: vec![(one, Seq(80))], closed: vec![(one, Seq(80))], removed: vec![(one, Seq(81))], ..made(90) })
+        .await?;
+    assert_eq!((store.group(one).await?, all(&*store, one).await?), (Some(head(90)), vec![90]));
+    let parts = [store.group_snapshot(one, 0).await?, store.group_tree(one, 0).await?, store.group_info(one).await?];
+    assert_eq!(parts, [90; 3].map(|byte: u8| Some(Bytes::from(vec![byte]))));
+    assert!(store.group_roster(one).await?.is_some());
+    assert_eq!(store.group_marks(one, vec![device(1, 1)]).await?[0].map(|mark| mark.high), Some(90));
     Ok(())
 }
 

@@ -203,7 +203,8 @@ impl View {
         Ok(found)
     }
 
-    /// One batch, no sync: see the module's own words on the view's journal. Of two changes of one key the later one stands.
+    /// One batch, no sync: see the module's own words on the view's journal. Of two changes of one key the later one stands, so what goes comes
+    /// before what is put behind it on the log: an id may be used again.
     fn write_groups(&self, write: &GroupWrite) -> Result<(), StoreError> {
         let groups = &self.groups;
         let mut expired = Vec::new();
@@ -211,24 +212,41 @@ impl View {
             self.expired_rows(*group, *to, &mut expired)?;
         }
         let mut batch = self.db.batch();
+        expired.into_iter().for_each(|key| batch.remove(&groups.items, key));
+        for (group, to) in &write.drop_to {
+            self.expired_trees(*group, *to, &mut batch)?;
+        }
+        for (group, _) in &write.closed {
+            for keyspace in [&groups.snapshots, &groups.trees, &groups.marks] {
+                remove_all(&mut batch, keyspace, keyspace.prefix(group.as_bytes()))?;
+            }
+            batch.remove(&groups.infos, group.as_bytes());
+        }
+        for (group, _) in &write.removed {
+            batch.remove(&groups.heads, group.as_bytes());
+            batch.remove(&groups.rosters, group.as_bytes());
+        }
+        let until = |ends: &[(GroupId, Seq)], group| ends.iter().filter(|(of, _)| *of == group).map(|(_, at)| *at).max();
+        let dropped = |group| until(&write.drop_to, group);
+        let (closed, removed) = (|group| until(&write.closed, group), |group| until(&write.removed, group));
         let mut value = Vec::new();
-        for (group, item) in &write.items {
+        for (group, item) in write.items.iter().filter(|(group, item)| Some(item.seq) > dropped(*group)) {
             value.clear();
             keyspace::encode_group_item(item, &mut value);
             batch.insert(&groups.items, keyspace::group_item(*group, item.seq), value.as_slice());
         }
-        for (group, epoch, _, snapshot) in &write.snapshots {
+        for (group, epoch, _, snapshot) in write.snapshots.iter().filter(|(group, _, at, _)| Some(*at) > closed(*group)) {
             batch.insert(&groups.snapshots, keyspace::group_epoch(*group, *epoch), keyspace::encode_group_blob(snapshot));
             let earlier = groups.snapshots.range(keyspace::group_epoch(*group, 0)..keyspace::group_epoch(*group, *epoch));
             remove_all(&mut batch, &groups.snapshots, earlier)?;
         }
-        for (group, epoch, at, tree) in &write.trees {
+        for (group, epoch, at, tree) in write.trees.iter().filter(|(group, _, at, _)| Some(*at) > closed(*group).max(dropped(*group))) {
             batch.insert(&groups.trees, keyspace::group_epoch(*group, *epoch), keyspace::encode_group_tree(*at, tree));
         }
-        for (group, _, info) in &write.infos {
+        for (group, _, info) in write.infos.iter().filter(|(group, at, _)| Some(*at) > closed(*group)) {
             batch.insert(&groups.infos, group.as_bytes(), keyspace::encode_group_blob(info));
         }
-        for (group, _, roster) in &write.rosters {
+        for (group, _, roster) in write.rosters.iter().filter(|(group, at, _)| Some(*at) > removed(*group)) {
             batch.insert(&groups.rosters, group.as_bytes(), keyspace::encode(roster));
         }
         for (account, group, _, is_in) in &write.members {
@@ -238,28 +256,11 @@ impl View {
                 false => batch.remove(&groups.members, key),
             }
         }
-        for (group, sender, mark) in &write.marks {
+        for (group, sender, mark) in write.marks.iter().filter(|(group, _, mark)| Some(mark.applied) > closed(*group)) {
             batch.insert(&groups.marks, keyspace::group_mark(*group, *sender), keyspace::encode(mark));
         }
-        expired.into_iter().for_each(|key| batch.remove(&groups.items, key));
-        for (group, to) in &write.drop_to {
-            self.expired_trees(*group, *to, &mut batch)?;
-            for (_, item) in write.items.iter().filter(|(of, item)| of == group && item.seq <= *to) {
-                batch.remove(&groups.items, keyspace::group_item(*group, item.seq));
-            }
-        }
-        for (group, head) in &write.heads {
+        for (group, head) in write.heads.iter().filter(|(group, head)| Some(head.applied) > removed(*group)) {
             batch.insert(&groups.heads, group.as_bytes(), keyspace::encode_group_head(head));
-        }
-        for (group, _) in &write.closed {
-            self.close_group(*group, write, &mut batch)?;
-        }
-        for (group, at) in &write.removed {
-            if write.heads.iter().any(|(of, head)| of == group && head.applied > *at) {
-                continue; // Made anew right behind it.
-            }
-            batch.remove(&groups.heads, group.as_bytes());
-            batch.remove(&groups.rosters, group.as_bytes());
         }
         if let Some((partition, offset)) = write.position {
             batch.insert(&self.positions, keyspace::position(keyspace::TOPIC_GROUPS, partition), keyspace::encode_offset(offset));
@@ -292,25 +293,6 @@ impl View {
                 break;
             }
             batch.remove(&self.groups.trees, key);
-        }
-        Ok(())
-    }
-
-    fn close_group(&self, group: GroupId, write: &GroupWrite, batch: &mut OwnedWriteBatch) -> Result<(), StoreError> {
-        let groups = &self.groups;
-        for keyspace in [&groups.snapshots, &groups.trees, &groups.marks] {
-            remove_all(batch, keyspace, keyspace.prefix(group.as_bytes()))?;
-        }
-        batch.remove(&groups.infos, group.as_bytes());
-        // What the same write puts is not among the rows yet.
-        for (of, epoch, ..) in write.snapshots.iter().filter(|(of, ..)| *of == group) {
-            batch.remove(&groups.snapshots, keyspace::group_epoch(*of, *epoch));
-        }
-        for (of, epoch, ..) in write.trees.iter().filter(|(of, ..)| *of == group) {
-            batch.remove(&groups.trees, keyspace::group_epoch(*of, *epoch));
-        }
-        for (of, sender, _) in write.marks.iter().filter(|(of, ..)| *of == group) {
-            batch.remove(&groups.marks, keyspace::group_mark(*of, *sender));
         }
         Ok(())
     }

@@ -134,10 +134,11 @@ impl Changes {
             let (answer, took) = self.clerk.post(&path, &crew.credential, &body).await;
             match answer {
                 Ok(answer) if answer.status.is_success() => {
-                    let mut ops = self.ops.borrow_mut();
-                    ops.server[op as usize].saturating_record((took.as_micros() as u64).max(1));
-                    ops.late += u64::from(self.over.get());
-                    drop(ops);
+                    {
+                        let mut ops = self.ops.borrow_mut();
+                        ops.server[op as usize].saturating_record((took.as_micros() as u64).max(1));
+                        ops.late += u64::from(self.over.get());
+                    }
                     // Unless it was met on the stream before.
                     let merge = move |owner: &mut Member| if owner.epoch() == Some(epoch) { owner.accepted() } else { Ok(()) };
                     with(&crew.owner, merge).await.context("an accepted change can't be merged")?;

@@ -20,7 +20,7 @@ pub(super) async fn group(live: &CqlStore, other: &CqlStore, id: GroupId, range:
     let differs = if applied[0] != applied[1] && applied[0].max(applied[1]) >= range.bound {
         Verdict::Later
     } else if range.begins.is_some() && (one.is_none() || two.is_none()) {
-        // Without its creation on the log a group can't be made anew.
+        // One that was closed before the log begins has left no state there.
         Verdict::Forgotten
     } else {
         Verdict::Differs
