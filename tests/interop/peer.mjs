@@ -37,7 +37,7 @@ const work = {
     suite = await mls.getCiphersuiteImpl(mls.getCiphersuiteFromName(name))
     const now = BigInt(Math.floor(Date.now() / 1000))
     const capabilities = { versions: ["mls10"], ciphersuites: [name], extensions, proposals: [], credentials: ["basic"] }
-    const lifetime = { notBefore: now - 60n, notAfter: now + 86_400n }
+    const lifetime = { notBefore: now - 60n, notAfter: now + 60n * 86_400n }
     own = await mls.generateKeyPackage({ credentialType: "basic", identity: bytes(identity) }, capabilities, lifetime, [], suite)
     return { key_package: encode("mls_key_package", "keyPackage", own.publicPackage) }
   },
