@@ -50,7 +50,8 @@ const TICK: Duration = Duration::from_millis(100);
 const READING: Duration = Duration::from_secs(60);
 /// Members of a group that write, where messages are real; fewer where each message costs the others of them too much.
 const WRITERS: usize = 4;
-/// What reading costs a member, in seconds of a core, in a release build: joining and each commit by leaf of the group, and each message.
+/// About what reading costs a member, in seconds of a core: joining and each commit by leaf of the group, and each message. How many read by
+/// default follows from it, and nothing else.
 const JOIN_S: f64 = 120e-6;
 const COMMIT_S: f64 = 5e-6;
 const MESSAGE_S: f64 = 200e-6;
