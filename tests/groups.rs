@@ -3,35 +3,48 @@
 #[path = "support/member.rs"]
 mod member;
 
+use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use member::{Member, b64, follow, item};
 use reqwest::{Method, StatusCode};
 use sealpost::client::core::groups::Change;
+use sealpost::client::core::repair;
 use sealpost::clock::SystemRandom;
 use sealpost::ids::GroupId;
 use sealpost::limits;
 use sealpost::testing::Broker;
 use sealpost::wire::stream::{Code, GroupItemKind, client_frame, server_frame::Frame};
 use serde_json::json;
+use tokio::sync::Barrier;
 
 fn code(answer: &(StatusCode, serde_json::Value)) -> (u16, &str) {
     (answer.0.as_u16(), answer.1["code"].as_str().unwrap_or_default())
 }
 
 async fn members<const N: usize>(broker: &Broker) -> [Member; N] {
+    registered(broker, N).await.try_into().ok().expect("as many")
+}
+
+async fn registered(broker: &Broker, count: usize) -> Vec<Member> {
     let group = GroupId::random(&SystemRandom);
     let mut made = Vec::new();
-    for n in 0..N {
+    for n in 0..count {
         made.push(Member::new(broker.device(&format!("member{n}@socialink")).await.expect("registers"), group));
     }
-    made.try_into().ok().expect("as many")
+    made
 }
 
 /// A group of all, joined by all.
 async fn group<const N: usize>(broker: &Broker) -> [Member; N] {
     let mut all = members::<N>(broker).await;
+    gather(&mut all).await;
+    all
+}
+
+async fn gather(all: &mut [Member]) {
     let (owner, others) = all.split_first_mut().expect("somebody");
     owner.create().await;
     owner.add(others).await;
@@ -39,7 +52,6 @@ async fn group<const N: usize>(broker: &Broker) -> [Member; N] {
         other.join().await;
         assert_eq!(other.cursor, owner.cursor);
     }
-    all
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -114,6 +126,64 @@ async fn the_first_commit_of_an_epoch_wins_and_the_other_is_told_of_it() {
     bob.commit(&Change::default()).await;
     carol.catch_up(500).await;
     assert_eq!(carol.view(), bob.view());
+}
+
+/// Commits once, as often as others come first; the epoch that it began, and how often it was refused.
+async fn commit_among_others(mut member: Member, ready: Arc<Barrier>) -> (Member, u64, usize) {
+    let mut outgoing = member.change(&Change::default());
+    ready.wait().await;
+    for refused in 0.. {
+        let (status, answer) = member.submit(&outgoing).await;
+        let (epoch, seq) = (answer["epoch"].as_u64().expect("an epoch"), answer["seq"].as_u64().expect("a seq"));
+        if status == StatusCode::OK {
+            assert_eq!(epoch, outgoing.epoch);
+            member.in_group(|group, engine| group.accepted(engine)).expect("it was pending");
+            member.cursor = seq;
+            return (member, epoch, refused);
+        }
+        // It is told how far the group has come, and finds everything up to there.
+        assert_eq!(code(&(status, answer)), (409, "conflict"));
+        assert!(epoch >= outgoing.epoch);
+        member.in_group(|group, engine| group.refused(engine)).expect("it was pending");
+        // A while later, as the SDK does it, so that not all try in each epoch.
+        tokio::time::sleep(Duration::from_millis(repair::backoff(refused.min(4) as u32, &SystemRandom))).await;
+        member.catch_up(500).await;
+        assert!(member.view().0 >= epoch && member.cursor >= seq);
+        outgoing = member.change(&Change::default());
+    }
+    unreachable!("it tries for ever")
+}
+
+/// `SEALPOST_TEST_MEMBERS=50` is the full size: some minutes without optimization, since each takes in the commits of all.
+#[tokio::test(flavor = "multi_thread")]
+async fn commits_of_all_members_at_once_have_one_winner_an_epoch_and_all_get_through() {
+    let count = std::env::var("SEALPOST_TEST_MEMBERS").ok().and_then(|text| text.parse().ok()).unwrap_or(12);
+    let broker = Broker::start().await.expect("starts");
+    let mut all = registered(&broker, count).await;
+    gather(&mut all).await;
+    let (begun, cursor) = (1, all[0].cursor);
+    let ready = Arc::new(Barrier::new(count));
+    let commits: Vec<_> = all.into_iter().map(|member| tokio::spawn(commit_among_others(member, Arc::clone(&ready)))).collect();
+    let (mut members, mut won, mut refused) = (Vec::new(), BTreeSet::new(), 0);
+    for commit in commits {
+        let (member, epoch, conflicts) = commit.await.expect("it gets through");
+        assert!(won.insert(epoch), "one winner an epoch");
+        refused += conflicts;
+        members.push(member);
+    }
+    let end = begun + count as u64;
+    assert!(won.into_iter().eq(begun + 1..=end));
+    let mut views = BTreeSet::new();
+    for member in &mut members {
+        member.catch_up(500).await;
+        views.insert(member.view());
+    }
+    assert_eq!(views.len(), 1, "one group");
+    assert_eq!(views.first().expect("one").0, end);
+    let page = members[0].page(cursor, 500).await;
+    let epochs: Vec<u64> = page["items"].as_array().expect("items").iter().map(|item| item["epoch"].as_u64().expect("an epoch")).collect();
+    assert!(epochs.into_iter().eq(begun..end), "each epoch was ended once");
+    println!("{refused} commits came too late");
 }
 
 #[tokio::test(flavor = "multi_thread")]
