@@ -42,6 +42,6 @@ pub use store::Error as StoreError;
 pub use transport::{InvalidCa, PrivateCa};
 #[cfg(feature = "client")]
 pub use types::{
-    Connection, Conversation, ConversationId, Event, Failure, GroupMember, GroupRole, GroupSummary, Live, Membership, Message, Recipient,
-    SafetyNumber, Status, SyncStatus, Trust,
+    Connection, Conversation, ConversationId, Event, Failure, GroupMember, GroupRole, GroupState, GroupSummary, Live, Membership, Message,
+    Recipient, SafetyNumber, Status, SyncStatus, Trust,
 };

@@ -288,6 +288,17 @@ pub struct GroupSummary {
     pub last: Option<Message>,
 }
 
+/// Where a group's keys are: the same at all members of an epoch. Two members that differ here in one epoch have parted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GroupState {
+    /// The epoch.
+    pub epoch: u64,
+    /// The hash of the ratchet tree (RFC 9420, section 7.8).
+    pub tree_hash: Vec<u8>,
+    /// SHA-256 of the epoch authenticator (RFC 9420, section 8.7), which stands for all secrets of the epoch and gives none away.
+    pub fingerprint: [u8; 32],
+}
+
 /// An account in a group.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GroupMember {

@@ -2,7 +2,7 @@
 
 use super::{Client, Error, IntoRecipient};
 use crate::client::store::Intent;
-use crate::client::types::{GroupMember, GroupSummary};
+use crate::client::types::{GroupMember, GroupState, GroupSummary};
 use crate::ids::{AccountId, DeviceAddr, DeviceId, GroupId};
 
 /// What became of invitations.
@@ -81,6 +81,11 @@ impl Client {
     /// Who is in a group.
     pub async fn group_members(&self, group: GroupId) -> Result<Vec<GroupMember>, Error> {
         Ok(self.inner.store.run(move |db| db.group_members(group)).await?)
+    }
+
+    /// Where a group's keys are, to be compared with what other members have.
+    pub async fn group_state(&self, group: GroupId) -> Result<GroupState, Error> {
+        Ok(self.inner.store.run(move |db| db.group_state(group)).await?)
     }
 
     /// Up to which position each other account says that it has read a group; only in groups of up to 32 accounts.

@@ -15,7 +15,7 @@ use super::state::{self, SqlState};
 use super::{Db, Error, sql};
 use crate::client::core::groups::{self, Engine, Group};
 use crate::client::core::state::StateTx;
-use crate::client::types::{ConversationId, Event, GroupMember, GroupRole, GroupSummary, Membership};
+use crate::client::types::{ConversationId, Event, GroupMember, GroupRole, GroupState, GroupSummary, Membership};
 use crate::ids::{AccountId, DeviceAddr, DeviceId, GroupId, Seq};
 use crate::mls::profile::Role;
 use crate::mls::rules::Roster;
@@ -314,6 +314,14 @@ impl Db {
     /// The group as its members see it now.
     pub(in crate::client) fn roster(&self, id: GroupId) -> Result<Roster, Error> {
         Ok(self.in_group(id, |group, _| group.roster())??)
+    }
+
+    /// Where its keys are.
+    pub(in crate::client) fn group_state(&self, id: GroupId) -> Result<GroupState, Error> {
+        use sha2::Digest as _;
+        let fingerprint = |group: &Group| sha2::Sha256::digest(group.authenticator()).into();
+        let state = |group: &Group| GroupState { epoch: group.epoch(), tree_hash: group.tree_hash(), fingerprint: fingerprint(group) };
+        Ok(self.in_group(id, |group, _| Ok(state(group)))??)
     }
 
     /// Whether the person wants to be woken up for it.
