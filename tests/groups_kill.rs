@@ -23,7 +23,7 @@ use sealpost::ids::{AccountId, GroupId, Seq};
 use sealpost::server::cql_options;
 use sealpost::store::cql::CqlStore;
 use sealpost::store::embedded::{EmbeddedStore, Options as StoreOptions};
-use sealpost::store::groups::{GroupItem, GroupItemKind, GroupStore as _};
+use sealpost::store::groups::{GroupItem, GroupItemKind, GroupStore};
 use sealpost::testing::cluster::TestCluster;
 use sealpost::testing::{RawDevice, process};
 

@@ -54,9 +54,9 @@ impl Inner {
                 Some(Task::Submit) => {
                     self.submit(group).await?;
                 }
-                Some(Task::CatchUp { after }) => match self.api.group_items(group, after).await {
-                    Ok(page) => self.store.run(move |db| db.group_page(group, &page)).await?,
-                    Err(error) => self.gone(group, error).await?,
+                Some(Task::CatchUp { after, head }) => match self.api.group_items(group, after).await {
+                    Ok(page) => self.store.run(move |db| db.group_page(group, head, &page)).await?,
+                    Err(error) => self.gone(group, error, None).await?,
                 },
                 Some(Task::Rejoin) => self.rejoin(group).await?,
                 Some(Task::BringBack | Task::Leave | Task::Tidy | Task::NameKey) if !all => return Ok(()),
@@ -69,11 +69,11 @@ impl Inner {
         Ok(())
     }
 
-    /// An error that says that this device is out of the group, or the group closed, is an answer.
-    async fn gone(&self, group: GroupId, error: ApiError) -> Result<(), WorkError> {
+    /// An error that says that this device is out of the group, or the group closed, is an answer. `invited`: to an invitation of this epoch.
+    async fn gone(&self, group: GroupId, error: ApiError, invited: Option<u64>) -> Result<(), WorkError> {
         match error.code() {
-            Some(Code::Forbidden) => Ok(self.store.run(move |db| db.group_gone(group, false)).await?),
-            Some(Code::NotFound) => Ok(self.store.run(move |db| db.group_gone(group, true)).await?),
+            Some(Code::Forbidden) => Ok(self.store.run(move |db| db.group_gone(group, false, invited)).await?),
+            Some(Code::NotFound) => Ok(self.store.run(move |db| db.group_gone(group, true, invited)).await?),
             _ => Err(error.into()),
         }
     }
@@ -86,7 +86,7 @@ impl Inner {
             }
             // The invitation is old: the tree of its epoch is not kept any more.
             Err(error) if error.code() == Some(Code::NotFound) => Ok(self.store.run(move |db| db.lost(group, 0)).await?),
-            Err(error) => self.gone(group, error).await,
+            Err(error) => self.gone(group, error, Some(epoch)).await,
         }
     }
 
@@ -94,7 +94,7 @@ impl Inner {
     async fn rejoin(&self, group: GroupId) -> Result<(), WorkError> {
         let info = match self.api.group_info(group).await {
             Ok(info) => info,
-            Err(error) => return self.gone(group, error).await,
+            Err(error) => return self.gone(group, error, None).await,
         };
         let rejoin = match self.store.run(move |db| db.prepare_rejoin(group, &info)).await {
             Ok(rejoin) => rejoin,
@@ -251,9 +251,9 @@ impl Inner {
     async fn catch_up_for_verdict(&self, group: GroupId) -> Result<(), WorkError> {
         for _ in 0..STEPS {
             let task = self.store.run(move |db| db.group_task(group)).await?;
-            let Some(Task::CatchUp { after }) = task else { return Ok(()) };
+            let Some(Task::CatchUp { after, head }) = task else { return Ok(()) };
             let page = self.api.group_items(group, after).await?;
-            self.store.run(move |db| db.group_page(group, &page)).await?;
+            self.store.run(move |db| db.group_page(group, head, &page)).await?;
         }
         Ok(())
     }
@@ -356,7 +356,7 @@ impl Inner {
             return Ok(());
         }
         self.api.close_group(group).await?;
-        Ok(self.store.run(move |db| db.group_gone(group, true)).await?)
+        Ok(self.store.run(move |db| db.group_gone(group, true, None)).await?)
     }
 
     /// Closes a group, for everybody.
@@ -368,7 +368,7 @@ impl Inner {
             Err(error) if error.code() == Some(Code::NotFound) => {}
             Err(error) => return Err(error.into()),
         }
-        Ok(self.store.run(move |db| db.group_gone(group, true)).await?)
+        Ok(self.store.run(move |db| db.group_gone(group, true, None)).await?)
     }
 
     /// Commits what others proposed, and lets one's own devices in or out.

@@ -40,18 +40,20 @@ impl Db {
         Ok(())
     }
 
-    /// Takes in what was fetched behind the cursor.
-    pub(in crate::client) fn group_page(&self, id: GroupId, page: &ItemPage) -> Result<(), Error> {
+    /// Takes in what was fetched behind the cursor when `known` was the last item that this device knew of.
+    pub(in crate::client) fn group_page(&self, id: GroupId, known: Seq, page: &ItemPage) -> Result<(), Error> {
         let Some(row) = self.group_row(id)?.filter(|row| row.state == MEMBER) else { return Ok(()) };
         if row.cursor < page.expired_to.0 {
             tracing::warn!("items of a group expired before this device had them");
             return self.lose_touch(id, Loss::Alone);
         }
         page.items.iter().try_for_each(|item| self.group_item(item))?;
-        // What was only supposed is known now; what there is not yet will be told of.
+        // What was only supposed is known now; what there is not yet will be told of. But what was heard of since the page was asked for counts.
         let head = if page.items.is_empty() { 0 } else { page.head.0 };
-        let mut update = self.connection.prepare_cached("UPDATE groups SET head = max(cursor, ?2) WHERE id = ?1")?;
-        update.execute(params![id, sql::int(head)])?;
+        let mut update = self
+            .connection
+            .prepare_cached("UPDATE groups SET head = max(cursor, ?2, CASE WHEN head > ?3 THEN head ELSE 0 END) WHERE id = ?1")?;
+        update.execute(params![id, sql::int(head), sql::int(known.0)])?;
         Ok(())
     }
 

@@ -68,8 +68,8 @@ pub(in crate::client) enum Task {
     Join { epoch: u64 },
     /// Submit what has no verdict.
     Submit,
-    /// Fetch items behind this one.
-    CatchUp { after: Seq },
+    /// Fetch items behind this one, up to the last one that is known of.
+    CatchUp { after: Seq, head: Seq },
     /// Join by an external commit.
     Rejoin,
     /// Ask to be taken out.
@@ -194,7 +194,7 @@ impl Db {
         if let Some(pending) = self.pending(id)? {
             // Whether another commit came first is for the items to say.
             if pending.verdict == Verdict::Conflict && row.head > row.cursor {
-                return Ok(Some(Task::CatchUp { after: Seq(row.cursor) }));
+                return Ok(Some(Task::CatchUp { after: Seq(row.cursor), head: Seq(row.head) }));
             }
             return Ok(Some(Task::Submit));
         }
@@ -202,7 +202,7 @@ impl Db {
             return Ok(None);
         }
         if row.head > row.cursor {
-            return Ok(Some(Task::CatchUp { after: Seq(row.cursor) }));
+            return Ok(Some(Task::CatchUp { after: Seq(row.cursor), head: Seq(row.head) }));
         }
         let mut select = self.connection.prepare_cached(
             "SELECT coalesce(due_ms <= ?2, 0), coalesce(name_due_ms <= ?2, 0),
@@ -251,9 +251,13 @@ impl Db {
         self.tell(&if state == CLOSED { Event::GroupClosed { group: id } } else { Event::GroupLeft { group: id, asked: row.leaving } })
     }
 
-    /// The server says that this device is not in the group, or that there is none.
-    pub(in crate::client) fn group_gone(&self, id: GroupId, closed: bool) -> Result<(), Error> {
-        self.connection.execute("DELETE FROM group_invitations WHERE mls_group = ?1", [id])?;
+    /// The server says that this device is not in the group, or that there is none. An invitation that this does not answer came meanwhile, and
+    /// is for later.
+    pub(in crate::client) fn group_gone(&self, id: GroupId, closed: bool, invited: Option<u64>) -> Result<(), Error> {
+        if let Some(epoch) = invited {
+            let mut delete = self.connection.prepare_cached("DELETE FROM group_invitations WHERE mls_group = ?1 AND epoch <= ?2")?;
+            delete.execute(params![id, sql::int(epoch)])?;
+        }
         self.out_of_group(id, if closed { CLOSED } else { LEFT })
     }
 

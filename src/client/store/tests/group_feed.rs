@@ -190,9 +190,9 @@ impl Group {
             Task::Submit => {
                 self.submit(at);
             }
-            Task::CatchUp { after } => {
+            Task::CatchUp { after, head } => {
                 let page = self.server.page(after);
-                self.db(at).group_page(id, &page).expect("taken in");
+                self.db(at).group_page(id, head, &page).expect("taken in");
             }
             Task::Rejoin => {
                 let tree = self.server.public.tree().expect("a tree").into();
@@ -499,6 +499,39 @@ fn what_was_accepted_and_has_no_place_is_sent_again() {
     group.settle();
     assert_eq!(group.texts(0), ["somewhere", "nowhere"]);
     assert_eq!(group.texts(1), ["nowhere", "somewhere"], "in the order that this device had them");
+}
+
+#[test]
+fn a_page_that_is_older_than_what_the_stream_told_hides_nothing() {
+    let mut group = Group::of_all(&[(1, 1), (2, 1)]);
+    group.text(0, "one");
+    assert!(group.send(0));
+    group.db(1).group_behind(group.id).expect("noted");
+    let Some(Task::CatchUp { after, head }) = group.db(1).group_task(group.id).expect("a task") else { panic!("it looks") };
+    let page = group.server.page(after);
+    // Before it is here, the stream tells of a later item, and the one between was lost.
+    group.text(0, "two");
+    group.text(0, "three");
+    assert!(group.send(0));
+    let last = group.server.items.last().expect("an item").clone();
+    group.db(1).process(&[frame(Frame::GroupItem(last))]).expect("processed");
+    group.db(1).group_page(group.id, head, &page).expect("taken in");
+    assert!(matches!(group.db(1).group_task(group.id).expect("a task"), Some(Task::CatchUp { .. })), "there is more");
+    while group.step(1) {}
+    assert_eq!(group.texts(1), ["one", "two", "three"]);
+}
+
+#[test]
+fn being_out_does_not_answer_an_invitation_that_came_since() {
+    let mut group = Group::of_all(&[(1, 1), (2, 1), (3, 1)]);
+    group.change(0, Intent { remove_accounts: vec![account(3)], ..Intent::default() });
+    // Its page was refused while it was out; before it hears that, it is added again.
+    let add = group.packages(2..3);
+    group.change(0, Intent { add, ..Intent::default() });
+    assert!(group.world.receive_all(2));
+    group.db(2).group_gone(group.id, false, None).expect("noted");
+    group.settle();
+    group.agree(&[0, 1, 2]);
 }
 
 #[test]

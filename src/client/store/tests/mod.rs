@@ -3,6 +3,7 @@
 mod account;
 mod contacts;
 mod group_feed;
+mod group_storm;
 mod groups;
 mod incoming;
 mod messages;
