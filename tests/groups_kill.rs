@@ -319,9 +319,9 @@ fn check_guest(read: &BTreeMap<u64, (AccountId, String)>, stays: &[Stay], items:
 
 /// What the broker that has stopped left of a group, in the store of either profile.
 async fn stored_items(folder: &Path, data: &Path, group: GroupId) -> Vec<GroupItem> {
-    let store: Box<dyn GroupStore> = match TestCluster::of_folder(folder).await.expect("a cluster") {
-        Some(cluster) => Box::new(CqlStore::open(cql_options(&cluster.cql)).await.expect("the store opens")),
-        None => Box::new(EmbeddedStore::open(&data.join("store"), StoreOptions::default()).expect("the store opens")),
+    let store: Arc<dyn GroupStore> = match TestCluster::of_folder(folder).await.expect("a cluster") {
+        Some(cluster) => CqlStore::open(cql_options(&cluster.cql)).await.expect("the store opens"),
+        None => EmbeddedStore::open(&data.join("store"), StoreOptions::default()).expect("the store opens"),
     };
     let mut items: Vec<GroupItem> = Vec::new();
     loop {

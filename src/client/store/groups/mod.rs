@@ -178,7 +178,7 @@ impl Db {
         if let Some((epoch, seq)) = invited {
             // Who is still in it and was brought back takes in first what it still can.
             let behind = row.as_ref().filter(|row| row.state == MEMBER && row.cursor < seq && row.head > row.cursor);
-            return Ok(Some(behind.map_or(Task::Join { epoch }, |row| Task::CatchUp { after: Seq(row.cursor) })));
+            return Ok(Some(behind.map_or(Task::Join { epoch }, |row| Task::CatchUp { after: Seq(row.cursor), head: Seq(row.head) })));
         }
         let Some(row) = row else { return Ok(None) };
         if matches!(row.state, LEFT | CLOSED) {

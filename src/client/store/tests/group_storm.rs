@@ -278,7 +278,7 @@ impl Storm {
             None => return self.fulfil(at),
             Some(Task::Join { epoch }) => match service.tree(address, id, epoch).await {
                 Ok(tree) => drop(self.must(at, |db| db.join_group(id, epoch, &tree))),
-                Err(GroupError::NotFound(_)) => drop(self.must(at, |db| db.lost(id))),
+                Err(GroupError::NotFound(_)) => drop(self.must(at, |db| db.lost(id, 0))),
                 Err(error) => self.gone(at, &error, Some(epoch)),
             },
             Some(Task::Submit) => self.submit(at),
