@@ -282,8 +282,7 @@ impl GroupService {
 
     /// Whether a stream may follow; if so, it is in the group's feed.
     async fn look(&self, handle: &Arc<Handle>, group: GroupId) {
-        let looked = async { self.members.known(group).await?.ok_or_else(GroupError::no_group)?.member(handle.device) };
-        match looked.await {
+        match self.members.known_to(group, handle.device).await {
             Err(error) => handle.group_head(group, Where::refused(shown(&error))),
             // Nothing will come any more; what the client has not had it fetches.
             Ok(Known { head, .. }) if head.closed => {
@@ -335,7 +334,11 @@ impl GroupService {
             self.parts.log.append(self.route(group), self.edge_event(group, true)).await?;
             let at = met.await.map_err(|_| GroupError::Unavailable)?;
             // Behind the attachment: it knows of every commit whose item did not come as a push.
-            let known = self.members.known(group).await?;
+            let known = match self.members.known(group).await? {
+                // Who was just invited may be among those who wait.
+                Some(known) => Some(self.members.written(group, known).await?),
+                None => None,
+            };
             Ok::<_, GroupError>(known.filter(|known| at.is_some() || known.head.closed))
         };
         let attached = tokio::time::timeout(Duration::from_millis(limits::ATTACH_MS), attaching).await;

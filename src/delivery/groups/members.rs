@@ -73,4 +73,25 @@ impl Members {
         };
         Ok(Some(Known { head, roster }))
     }
+
+    /// The same for one of its devices; others are refused.
+    pub(super) async fn known_to(&self, group: GroupId, device: DeviceAddr) -> Result<Known, GroupError> {
+        let known = self.known(group).await?.ok_or_else(GroupError::no_group)?;
+        self.admit(group, known, device).await
+    }
+
+    /// Refuses devices without a leaf. Whoever was just added may ask before the head says so: invitations are told before it is written, and
+    /// behind the roster. So what is at hand never refuses.
+    pub(super) async fn admit(&self, group: GroupId, known: Known, device: DeviceAddr) -> Result<Known, GroupError> {
+        if has_device(&known.roster, device) {
+            return Ok(known);
+        }
+        self.written(group, known).await?.member(device)
+    }
+
+    /// With the roster that is written, which may be ahead of the head.
+    pub(super) async fn written(&self, group: GroupId, known: Known) -> Result<Known, StoreError> {
+        let roster = self.store.group_roster(group).await?;
+        Ok(Known { roster: roster.map_or(known.roster, Arc::new), ..known })
+    }
 }

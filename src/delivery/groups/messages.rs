@@ -107,7 +107,7 @@ impl GroupService {
         if self.feeds.live(message.group, sender).is_some_and(|(epoch, member)| member && in_window(message.epoch, epoch)) {
             return Ok(());
         }
-        let known = self.open(message.group).await?.member(sender)?;
+        let known = self.open_to(message.group, sender).await?;
         if in_window(message.epoch, known.head.epoch) {
             return Ok(());
         }

@@ -142,6 +142,11 @@ impl GroupService {
         self.members.known(group).await?.filter(|known| !known.head.closed).ok_or_else(GroupError::no_group)
     }
 
+    /// The same for one of its devices.
+    async fn open_to(&self, group: GroupId, device: DeviceAddr) -> Result<Known, GroupError> {
+        self.members.admit(group, self.open(group).await?, device).await
+    }
+
     /// Appends an event and waits until the group's projector has decided and the store shows it.
     async fn decide(&self, group: GroupId, body: GroupEventBody<'_>) -> Result<(Seq, u64), GroupError> {
         let waiter = self.waiters.wait().map_err(|Full| GroupError::Unavailable)?;
@@ -185,7 +190,7 @@ impl GroupService {
         sizes(&[(commit, limits::COMMIT_BYTES), (group_info, limits::COMMIT_BYTES)])?;
         sizes(welcome.map(|welcome| (welcome, limits::COMMIT_BYTES)).as_slice())?;
         // Who comes back by an external commit has a leaf as well: the one that it replaces.
-        self.open(group).await?.member(by)?;
+        self.open_to(group, by).await?;
         self.decide(group, GroupEventBody::Commit { by, commit, welcome, group_info }).await
     }
 
@@ -193,7 +198,7 @@ impl GroupService {
     pub async fn propose(&self, by: DeviceAddr, group: GroupId, proposal: &[u8]) -> Result<(Seq, u64), GroupError> {
         self.may_change(by)?;
         sizes(&[(proposal, limits::KEY_PACKAGE_BYTES)])?;
-        self.open(group).await?.member(by)?;
+        self.open_to(group, by).await?;
         self.decide(group, GroupEventBody::Proposal { by, proposal }).await
     }
 

@@ -67,7 +67,7 @@ impl GroupService {
 
     /// Items behind `after`, for a member.
     pub async fn items(&self, device: DeviceAddr, group: GroupId, after: Seq, items_max: usize) -> Result<Page, GroupError> {
-        let head = self.existing(group).await?.member(device)?.head;
+        let head = self.members.known_to(group, device).await?.head;
         let items = self.parts.store.group_items(group, after, items_max, limits::INBOX_PAGE_BYTES).await?;
         let last = items.last().map_or(Seq::ZERO, |item| item.seq);
         Ok(Page { items, head: head.head.max(last), epoch: head.epoch, expired_to: head.expired_to })
@@ -75,13 +75,13 @@ impl GroupService {
 
     /// What an external commit needs, for a device that has a leaf which it replaces.
     pub async fn info(&self, device: DeviceAddr, group: GroupId) -> Result<Info, GroupError> {
-        self.open(group).await?.member(device)?;
+        self.open_to(group, device).await?;
         self.trees.info(&self.parts.store, &self.parts.random, group).await
     }
 
     /// The tree of an epoch that somebody joined in, for a member.
     pub async fn tree(&self, device: DeviceAddr, group: GroupId, epoch: u64) -> Result<Bytes, GroupError> {
-        self.existing(group).await?.member(device)?;
+        self.members.known_to(group, device).await?;
         self.parts.store.group_tree(group, epoch).await?.ok_or(GroupError::NotFound("the tree of this epoch is not kept"))
     }
 }

@@ -511,4 +511,8 @@ async fn pages_are_for_members() {
     assert_eq!(world.service.details(addr(3).account, GROUP).await, Err(GroupError::not_member()));
     assert_eq!(world.service.tree(addr(1), GROUP, 3).await.map_err(|e| e.code()), Err(Code::NotFound));
     assert_eq!(world.service.info(addr(3), GROUP).await, Err(GroupError::not_member()));
+    // Invited by a commit that the head does not tell of yet.
+    world.store.groups.lock().entry(GROUP).and_modify(|(_, members)| *members = roster(4, &[1, 2, 3]));
+    assert_eq!(world.service.tree(addr(3), GROUP, 4).await.map_err(|e| e.code()), Err(Code::NotFound), "asked for, and not kept here");
+    assert_eq!(world.service.items(addr(3), GROUP, Seq(10), 9).await.map(|page| page.head), Ok(Seq(11)));
 }
