@@ -111,6 +111,10 @@ impl Backend for Nowhere {
     fn put(&self, _: Kind, _: Vec<u8>, _: Zeroizing<Vec<u8>>) {}
 
     fn delete(&self, _: Kind, _: Vec<u8>) {}
+
+    fn keeps(&self, _: Kind) -> bool {
+        false
+    }
 }
 
 /// The public state of a group at one epoch.

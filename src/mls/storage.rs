@@ -40,6 +40,10 @@ pub trait Backend {
     fn put(&self, kind: Kind, key: Vec<u8>, value: Zeroizing<Vec<u8>>);
     /// Removes a key.
     fn delete(&self, kind: Kind, key: Vec<u8>);
+    /// Whether what is set of this kind is kept at all: what is not, is not even encoded.
+    fn keeps(&self, _kind: Kind) -> bool {
+        true
+    }
 }
 
 /// What is stored can't be read, or is not what was written.
@@ -101,6 +105,9 @@ impl<B: Backend> Storage<B> {
     }
 
     fn put(&self, kind: Kind, keys: &[&dyn ErasedKey], value: &impl Serialize) -> Done {
+        if !self.0.keeps(kind) {
+            return Ok(());
+        }
         self.0.put(kind, self.key(keys)?, encode(value)?);
         Ok(())
     }

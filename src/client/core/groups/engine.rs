@@ -25,19 +25,27 @@ use crate::mls::rules::{Denied, Roster};
 use crate::mls::storage::{self, Backend, Kind, Storage};
 
 /// The state of a transaction, as openmls's storage rests on it.
-pub(super) struct TxState<'t, 's>(&'t StateTx<'s>);
+pub(super) struct TxState<'t, 's> {
+    tx: &'t StateTx<'s>,
+    unsaved: bool,
+}
 
 impl Backend for TxState<'_, '_> {
     fn get(&self, kind: Kind, key: &[u8]) -> Result<Option<Zeroizing<Vec<u8>>>, storage::Error> {
-        self.0.get(&StateKey::Mls { kind, key: key.to_vec() }).map_err(|error| storage::Error(error.0))
+        self.tx.get(&StateKey::Mls { kind, key: key.to_vec() }).map_err(|error| storage::Error(error.0))
     }
 
     fn put(&self, kind: Kind, key: Vec<u8>, mut value: Zeroizing<Vec<u8>>) {
-        self.0.put(StateKey::Mls { kind, key }, std::mem::take(&mut *value));
+        self.tx.put(StateKey::Mls { kind, key }, std::mem::take(&mut *value));
     }
 
     fn delete(&self, kind: Kind, key: Vec<u8>) {
-        self.0.delete(StateKey::Mls { kind, key });
+        self.tx.delete(StateKey::Mls { kind, key });
+    }
+
+    fn keeps(&self, kind: Kind) -> bool {
+        // What an open group reads while it goes on.
+        !self.unsaved || matches!(kind, Kind::KeyPackage | Kind::EncryptionKeyPair | Kind::EncryptionEpochKeyPairs | Kind::Psk)
     }
 }
 
@@ -78,7 +86,7 @@ impl<'t, 's> Engine<'t, 's> {
     /// Over a transaction of a registered device.
     pub fn new(tx: &'t StateTx<'s>, random: &'t dyn Random) -> Result<Self, Error> {
         let own = tx.own_address()?.ok_or(Error::NotMember)?;
-        let provider = Provider { crypto: Crypto::new(random), storage: Storage(TxState(tx)) };
+        let provider = Provider { crypto: Crypto::new(random), storage: Storage(TxState { tx, unsaved: false }) };
         Ok(Self { tx, random, provider, own, suite: DEFAULT_SUITE })
     }
 
@@ -86,6 +94,14 @@ impl<'t, 's> Engine<'t, 's> {
     #[must_use]
     pub fn with_suite(mut self, suite: Ciphersuite) -> Self {
         self.suite = suite;
+        self
+    }
+
+    /// The same for groups that are never loaded: they live as long as what holds them, and of what becomes of them only the keys that
+    /// they read again are kept. Encoding the rest takes longer than everything else that a message costs a large group.
+    #[must_use]
+    pub fn unsaved(mut self) -> Self {
+        self.provider.storage.0.unsaved = true;
         self
     }
 
