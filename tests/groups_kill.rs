@@ -14,11 +14,10 @@ use member::Member;
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
 use reqwest::StatusCode;
-use sealpost::cli::child::BrokerProcess;
 use sealpost::client::core::groups::Change;
 use sealpost::clock::SystemRandom;
 use sealpost::ids::GroupId;
-use sealpost::testing::RawDevice;
+use sealpost::testing::{RawDevice, process};
 
 const MEMBERS: usize = 4;
 
@@ -63,8 +62,7 @@ async fn storm(mut storm: Storm, number: usize, mut random: StdRng, stop: Arc<At
 async fn members_see_the_same_group_over_random_kills() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let program = Path::new(env!("CARGO_BIN_EXE_sealpost"));
-    let mut broker =
-        BrokerProcess::start(program, &folder.path().join("data"), &folder.path().join("log")).await.expect("the broker starts");
+    let mut broker = process::start(program, folder.path()).await.expect("the broker starts");
     let url = broker.url().to_string().trim_end_matches('/').to_owned();
     let group = GroupId::random(&SystemRandom);
     let mut members = Vec::new();
