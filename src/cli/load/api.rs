@@ -108,6 +108,24 @@ impl Api {
         }
     }
 
+    /// The bytes at a path, while it says "later" or is away.
+    pub async fn insist_bytes(&self, path: &str, credential: &str) -> anyhow::Result<Vec<u8>> {
+        let until = Instant::now() + PATIENCE;
+        loop {
+            let answer = match self.http.get(format!("{}{path}", self.base)).bearer_auth(credential).send().await {
+                Ok(answer) => answer.error_for_status(),
+                Err(error) => Err(error),
+            };
+            match answer {
+                Ok(answer) => return Ok(answer.bytes().await?.into()),
+                Err(error) if error.status().is_some_and(|status| status.is_client_error()) || Instant::now() > until => {
+                    return Err(error).with_context(|| format!("{path} could not be fetched"));
+                }
+                Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
+            }
+        }
+    }
+
     /// Waits until the server takes requests.
     pub async fn ready(&self) -> anyhow::Result<Value> {
         self.insist(Method::GET, "/v1/server", None, None).await

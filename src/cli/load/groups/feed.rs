@@ -1,83 +1,34 @@
-//! The sockets of a run: what each has had of its group, and what it owes. One thread; reading allocates nothing for an item.
+//! The sockets of a run: what each has had of its group, and what it owes. One thread. An item is kept once, as the first who had it had
+//! it, and compared with what all others get.
 
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, HashMap};
 use std::future::poll_fn;
-use std::net::IpAddr;
 use std::pin::Pin;
 use std::rc::Rc;
-use std::task::{Poll, Waker};
+use std::sync::Arc;
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
 use tokio::io::{AsyncRead as _, AsyncWrite as _, ReadBuf};
 
-use super::member::{Member, opaque_head};
+use super::member::opaque_head;
+use super::reading::{Desk, Kind, Reader, Tree, Written};
+use super::room::{COMMIT, MESSAGE, Room};
+use super::seat::{Body, Feed, Seat, Sent};
 use crate::cli::load::api::{Api, Registered};
 use crate::cli::load::engine::{Refusal, Server, open_stream, source_address};
-use crate::cli::load::socket::Socket;
 use crate::cli::load::wire::{self, Item, Malformed, STAMP_BYTES, Seen, Stamp};
-use crate::cli::load::ws::{Decoder, Incoming, Outbox};
+use crate::cli::load::ws::{Incoming, Outbox};
 use crate::ids::GroupId;
-use crate::wire::stream::Code;
+use crate::wire::stream::{Code, EnvelopeType, GroupInvitation};
 
-/// Kinds of items, as `stream.proto` numbers them.
-const COMMIT: u32 = 2;
-const MESSAGE: u32 = 4;
 /// Each so many-th socket measures how long things take: all of them would measure the tool.
 const SAMPLED: usize = 16;
 /// Pause before a connection is tried again.
 const AGAIN: Duration = Duration::from_millis(200);
 /// After so long without an answer a message is sent again under its number.
 const UNANSWERED_US: u64 = 5_000_000;
-
-/// A message that was sent and not answered.
-struct Sent {
-    number: u64,
-    at_us: u64,
-    tried_us: u64,
-    /// Of a real one: its ciphertext and epoch, sent again as they are.
-    real: Option<(u64, Vec<u8>)>,
-}
-
-/// One socket's side.
-struct Feed {
-    decoder: Decoder,
-    outbox: Outbox,
-    hello: bool,
-    /// Items up to here were had, each once.
-    cursor: u64,
-    /// The newest item that is known of.
-    head: u64,
-    fetching: bool,
-    inbox: u64,
-    acked: u64,
-    next: u64,
-    sent: BTreeMap<u64, Sent>,
-}
-
-/// A device that is online.
-pub struct Seat {
-    pub registered: Registered,
-    pub group: usize,
-    /// Its keys, if it decrypts.
-    pub member: Option<RefCell<Member>>,
-    source: Option<IpAddr>,
-    sampled: bool,
-    feed: RefCell<Feed>,
-    socket: RefCell<Option<Socket>>,
-    waker: RefCell<Option<Waker>>,
-}
-
-/// A group of the run.
-pub struct Room {
-    pub id: GroupId,
-    pub epoch: Cell<u64>,
-    /// When each of a sender's messages was sent, by its account and number.
-    sent_at: RefCell<HashMap<([u8; 16], u64), u64>>,
-    /// When the commit that ended each epoch was submitted.
-    pub commits: RefCell<HashMap<u64, u64>>,
-}
 
 /// What is counted.
 #[derive(Default)]
@@ -90,8 +41,10 @@ pub struct Counters {
     pub items: Cell<u64>,
     pub duplicates: Cell<u64>,
     pub fetched: Cell<u64>,
-    pub decrypted: Cell<u64>,
-    pub undecryptable: Cell<u64>,
+    /// Items that were not what others had under the same position.
+    pub different: Cell<u64>,
+    /// Items that came to a device that is not in the group.
+    pub leaked: Cell<u64>,
     pub reconnects: Cell<u64>,
 }
 
@@ -105,12 +58,12 @@ pub struct Hall {
     pub rooms: Vec<Room>,
     pub counters: Counters,
     pub latency: RefCell<Histogram<u64>>,
-    pub op_seen: RefCell<Histogram<u64>>,
+    pub op_seen: RefCell<[Histogram<u64>; 3]>,
     pub failure: RefCell<Option<String>>,
+    pub desk: Arc<Desk>,
+    pub opaque: bool,
     api: Api,
     servers: Vec<Server>,
-    template: Vec<u8>,
-    opaque: bool,
     started: Instant,
     scratch: RefCell<Vec<u8>>,
 }
@@ -120,52 +73,44 @@ pub struct Setup {
     pub api: Api,
     /// Devices attach to them in turn.
     pub servers: Vec<Server>,
-    pub groups: Vec<(GroupId, u64)>,
-    /// Who sits there: credential, group, position to begin behind, keys.
-    pub seats: Vec<(Registered, usize, u64, Option<Member>)>,
-    pub payload: usize,
+    /// The ids of the groups, and the seat of each one's guest.
+    pub groups: Vec<(GroupId, Option<usize>)>,
+    /// Who sits there: credential, group, keys.
+    pub seats: Vec<(Registered, usize, Option<Arc<Reader>>)>,
+    pub desk: Arc<Desk>,
     pub opaque: bool,
+}
+
+/// Of times in microseconds, up to ten minutes.
+pub fn times() -> anyhow::Result<Histogram<u64>> {
+    Ok(Histogram::new_with_bounds(1, 600_000_000, 3)?)
 }
 
 impl Hall {
     pub fn new(setup: Setup) -> anyhow::Result<Rc<Self>> {
         let servers = setup.servers;
-        let mut template = vec![0; setup.payload.saturating_sub(STAMP_BYTES)];
-        rand::Rng::fill(&mut rand::rng(), &mut template[..]);
-        let seat = |(at, (registered, group, cursor, member)): (usize, (Registered, usize, u64, Option<Member>))| Seat {
+        let seat = |(at, (registered, group, reader)): (usize, (Registered, usize, Option<Arc<Reader>>))| Seat {
             registered,
             group,
-            member: member.map(RefCell::new),
+            reader,
             source: source_address(servers[at % servers.len()].address, at),
             sampled: at % SAMPLED == 0,
-            feed: RefCell::new(Feed {
-                decoder: Decoder::default(),
-                outbox: Outbox::new(at as u64 + 1),
-                hello: false,
-                cursor,
-                head: cursor,
-                fetching: false,
-                inbox: 0,
-                acked: 0,
-                next: 1,
-                sent: BTreeMap::new(),
-            }),
+            feed: RefCell::new(Feed::new(at as u64 + 1)),
             socket: RefCell::default(),
             waker: RefCell::default(),
         };
-        let room = |(id, epoch)| Room { id, epoch: Cell::new(epoch), sent_at: RefCell::default(), commits: RefCell::default() };
         let seats = setup.seats.into_iter().enumerate().map(seat).collect();
         Ok(Rc::new(Self {
             seats,
-            rooms: setup.groups.into_iter().map(room).collect(),
+            rooms: setup.groups.into_iter().map(|(id, guest)| Room::new(id, guest)).collect(),
             counters: Counters::default(),
-            latency: RefCell::new(Histogram::new_with_bounds(1, 600_000_000, 3)?),
-            op_seen: RefCell::new(Histogram::new_with_bounds(1, 600_000_000, 3)?),
+            latency: RefCell::new(times()?),
+            op_seen: RefCell::new([times()?, times()?, times()?]),
             failure: RefCell::default(),
+            desk: setup.desk,
+            opaque: setup.opaque,
             api: setup.api,
             servers,
-            template,
-            opaque: setup.opaque,
             started: Instant::now(),
             scratch: RefCell::default(),
         }))
@@ -175,9 +120,14 @@ impl Hall {
         self.started.elapsed().as_micros() as u64
     }
 
-    /// How many follow their group on an open stream.
+    /// How many have an open stream.
     pub fn attached(&self) -> usize {
         self.seats.iter().filter(|seat| seat.feed.borrow().hello).count()
+    }
+
+    /// How many follow their group.
+    pub fn following(&self) -> usize {
+        self.seats.iter().filter(|seat| seat.feed.borrow().follows).count()
     }
 
     /// Messages without an answer.
@@ -185,73 +135,120 @@ impl Hall {
         self.seats.iter().map(|seat| seat.feed.borrow().sent.len()).sum()
     }
 
+    /// Whether a device is in its group, as far as it knows.
+    pub fn inside(&self, at: usize) -> bool {
+        self.seats[at].feed.borrow().inside
+    }
+
+    /// How many of a group's sockets are in it.
+    pub fn inside_of(&self, group: usize) -> usize {
+        (0..self.seats.len()).filter(|&at| self.seats[at].group == group && self.inside(at)).count()
+    }
+
+    /// A device is in its group from this position on.
+    pub fn enter(&self, at: usize, seq: u64) {
+        let seat = &self.seats[at];
+        let room = &self.rooms[seat.group];
+        seat.feed.borrow_mut().enter(room.id, seq);
+        self.wake(at);
+    }
+
+    /// A device was taken out, and did not hear of it.
+    pub fn expel(&self, at: usize) {
+        let mut feed = self.seats[at].feed.borrow_mut();
+        let cursor = feed.cursor;
+        feed.leave(cursor);
+    }
+
     /// Sockets of a group that have not had everything up to `head`.
     pub fn behind(&self, group: usize, head: u64) -> Vec<usize> {
-        let behind = |at: &usize| self.seats[*at].group == group && self.seats[*at].feed.borrow().cursor < head;
-        (0..self.seats.len()).filter(behind).collect()
+        (0..self.seats.len()).filter(|&at| self.seats[at].group == group && self.seats[at].feed.borrow().behind(head)).collect()
+    }
+
+    /// How many items the members of a group that ends at `head` did not have.
+    pub fn lost(&self, group: usize, head: u64) -> u64 {
+        self.rooms[group].lost(self.seats.iter().filter(|seat| seat.group == group), head)
     }
 
     /// Sends the next message of a device.
-    pub fn send(self: &Rc<Self>, at: usize) {
+    pub fn send(&self, at: usize) {
         let seat = &self.seats[at];
-        let room = &self.rooms[seat.group];
         let now = self.now_us();
         let mut feed = seat.feed.borrow_mut();
         let number = feed.next;
         feed.next += 1;
-        room.sent_at.borrow_mut().insert((seat.registered.target.account, number), now);
-        let mut sent = Sent { number, at_us: now, tried_us: now, real: None };
-        if let Some(member) = seat.member.as_ref().filter(|_| !self.opaque) {
-            let mut member = member.borrow_mut();
-            let content = [&Stamp { sender: at as u32, number, at_us: now }.to_bytes()[..], &self.template].concat();
-            let epoch = member.view().map_or(0, |view| view.0);
-            match member.encrypt(&content) {
-                Ok(bytes) => sent.real = Some((epoch, bytes)),
-                Err(error) => {
-                    *self.failure.borrow_mut() = Some(error.to_string());
-                    return;
-                }
-            }
-        }
         add(&self.counters.sent, 1);
-        if feed.hello {
-            self.put(at, &mut feed.outbox, &sent);
+        let mut sent = Sent { number, at_us: now, tried_us: now, body: Body::Opaque };
+        match seat.reader.as_ref().filter(|_| !self.opaque) {
+            Some(reader) => {
+                sent.body = Body::Awaited;
+                reader.write(number);
+            }
+            None => self.begin(at, &mut feed, &sent),
         }
         feed.sent.insert(number, sent);
         drop(feed);
         self.wake(at);
     }
 
+    /// A message was encrypted.
+    pub fn written(&self, written: Written) {
+        let seat = &self.seats[written.seat];
+        let mut feed = seat.feed.borrow_mut();
+        let Some(mut sent) = feed.sent.remove(&written.number) else { return };
+        (sent.body, sent.tried_us) = (Body::Real(written.epoch, written.content), self.now_us());
+        self.begin(written.seat, &mut feed, &sent);
+        feed.sent.insert(written.number, sent);
+        drop(feed);
+        self.wake(written.seat);
+    }
+
+    /// The first attempt: from here on its time runs.
+    fn begin(&self, at: usize, feed: &mut Feed, sent: &Sent) {
+        let seat = &self.seats[at];
+        self.rooms[seat.group].sent_at.borrow_mut().insert((seat.registered.target.account, sent.number), self.now_us());
+        if feed.hello {
+            self.put(at, &mut feed.outbox, sent);
+        }
+    }
+
     fn put(&self, at: usize, outbox: &mut Outbox, sent: &Sent) {
         let room = &self.rooms[self.seats[at].group];
         let group = room.id.as_bytes();
-        match &sent.real {
-            Some((epoch, bytes)) => {
+        match &sent.body {
+            Body::Awaited => {}
+            Body::Real(epoch, bytes) => {
                 outbox.message(|out| wire::put_group_send(out, group, sent.number, sent.number, *epoch, bytes, &[]));
             }
-            None => {
+            Body::Opaque => {
                 let epoch = room.epoch.get();
-                let mut head = opaque_head(room.id, epoch, STAMP_BYTES + self.template.len());
+                let template = &self.desk.template;
+                let mut head = opaque_head(room.id, epoch, STAMP_BYTES + template.len());
                 head.extend_from_slice(&Stamp { sender: at as u32, number: sent.number, at_us: sent.at_us }.to_bytes());
-                outbox.message(|out| wire::put_group_send(out, group, sent.number, sent.number, epoch, &head, &self.template));
+                outbox.message(|out| wire::put_group_send(out, group, sent.number, sent.number, epoch, &head, template));
             }
         }
     }
 
     /// Repeats what was not answered, and acknowledges inboxes.
-    pub fn tick(self: &Rc<Self>) {
+    pub fn tick(&self) {
         let now = self.now_us();
         for at in 0..self.seats.len() {
             let mut feed = self.seats[at].feed.borrow_mut();
-            let Feed { outbox, sent, hello, inbox, acked, .. } = &mut *feed;
+            let Feed { outbox, sent, hello, inbox, acked, inside, asks, .. } = &mut *feed;
             if !*hello {
                 continue;
+            }
+            if std::mem::take(asks) && *inside {
+                let room = &self.rooms[self.seats[at].group];
+                outbox.message(|out| wire::put_follow(out, room.id.as_bytes()));
             }
             if inbox > acked {
                 outbox.message(|out| wire::put_ack(out, *inbox));
                 *acked = *inbox;
             }
-            for sent in sent.values_mut().filter(|sent| now.saturating_sub(sent.tried_us) > UNANSWERED_US) {
+            let late = |sent: &&mut Sent| !matches!(sent.body, Body::Awaited) && now.saturating_sub(sent.tried_us) > UNANSWERED_US;
+            for sent in sent.values_mut().filter(late) {
                 sent.tried_us = now;
                 add(&self.counters.repeated, 1);
                 self.put(at, outbox, sent);
@@ -377,7 +374,7 @@ impl Hall {
             }
         });
         feed.decoder = decoder;
-        let fetch = feed.head > feed.cursor && !feed.fetching && feed.hello;
+        let fetch = feed.inside && feed.head > feed.cursor && !feed.fetching && feed.hello;
         if fetch {
             feed.fetching = true;
             tokio::task::spawn_local(self.clone().fetch(at));
@@ -386,45 +383,107 @@ impl Hall {
         if closed { Err(Malformed("its goodbye")) } else { Ok(()) }
     }
 
-    fn frame(&self, at: usize, feed: &mut Feed, seen: Seen<'_>) {
+    fn frame(self: &Rc<Self>, at: usize, feed: &mut Feed, seen: Seen<'_>) {
         let room = &self.rooms[self.seats[at].group];
         match seen {
             Seen::Hello { .. } => {
-                feed.hello = true;
-                feed.outbox.message(|out| wire::put_follow(out, room.id.as_bytes()));
+                (feed.hello, feed.follows, feed.streamed) = (true, false, 0);
+                if feed.inside {
+                    feed.outbox.message(|out| wire::put_follow(out, room.id.as_bytes()));
+                }
                 let now = self.now_us();
-                for sent in feed.sent.values_mut() {
+                for sent in feed.sent.values_mut().filter(|sent| !matches!(sent.body, Body::Awaited)) {
                     sent.tried_us = now;
                     add(&self.counters.repeated, 1);
                     self.put(at, &mut feed.outbox, sent);
                 }
             }
+            Seen::Item(_) if !feed.inside => add(&self.counters.leaked, 1),
             Seen::Item(item) => {
+                if item.seq <= feed.streamed {
+                    add(&self.counters.duplicates, 1);
+                }
+                feed.streamed = feed.streamed.max(item.seq);
+                feed.head = feed.head.max(item.seq);
                 if !feed.fetching && item.after <= feed.cursor {
                     self.item(at, feed, &item);
                 }
-                feed.head = feed.head.max(item.seq);
             }
-            Seen::Head { code: 0, seq, .. } => feed.head = feed.head.max(seq),
-            Seen::Envelope { seq, .. } => feed.inbox = feed.inbox.max(seq),
+            Seen::Head { code: 0, seq, .. } => (feed.follows, feed.head) = (true, feed.head.max(seq)),
+            // Not now; or an edge that does not know yet who is in the group.
+            Seen::Head { .. } => (feed.follows, feed.asks) = (false, feed.inside),
+            Seen::Envelope { seq, kind, content, .. } => {
+                feed.inbox = feed.inbox.max(seq);
+                if i32::from(kind) == EnvelopeType::Mls as i32 {
+                    self.invited(at, feed, content);
+                }
+            }
             Seen::Receipt { seq, .. } => feed.inbox = feed.inbox.max(seq),
             Seen::Gap { to } => feed.inbox = feed.inbox.max(to),
-            Seen::Result { request, code, .. } => self.answered(feed, request, code),
-            Seen::Head { .. } | Seen::QueueEmpty | Seen::Closing { .. } | Seen::Other => {}
+            Seen::Result { request, code, .. } => self.answered(at, feed, request, code),
+            Seen::QueueEmpty | Seen::Closing { .. } | Seen::Other => {}
         }
     }
 
-    fn answered(&self, feed: &mut Feed, request: u64, code: u32) {
+    /// It was added: it joins if it reads, and follows.
+    fn invited(self: &Rc<Self>, at: usize, feed: &mut Feed, content: &[u8]) {
+        let seat = &self.seats[at];
+        let room = &self.rooms[seat.group];
+        let Ok(invitation) = <GroupInvitation as prost::Message>::decode(content) else {
+            *self.failure.borrow_mut() = Some("an invitation can't be read".into());
+            return;
+        };
+        // It may come twice.
+        if invitation.group_id != room.id.as_bytes()[..] || (feed.inside && invitation.seq <= feed.cursor) {
+            return;
+        }
+        room.complete_us.set(self.now_us());
+        if let Some(reader) = seat.reader.as_ref().filter(|_| !self.opaque) {
+            reader.join(invitation.epoch, invitation.welcome.to_vec(), self.tree(at, invitation.epoch));
+        }
+        feed.enter(room.id, invitation.seq);
+    }
+
+    /// The tree of an epoch, fetched once for all: 1,500 copies would measure the tool.
+    fn tree(self: &Rc<Self>, at: usize, epoch: u64) -> Tree {
+        let group = self.seats[at].group;
+        let room = &self.rooms[group];
+        if let Some(tree) = room.trees.borrow().get(&epoch) {
+            return Arc::clone(tree);
+        }
+        let tree = Tree::default();
+        room.trees.borrow_mut().insert(epoch, Arc::clone(&tree));
+        let (hall, fetched) = (Rc::clone(self), Arc::clone(&tree));
+        tokio::task::spawn_local(async move {
+            let path = format!("/v1/groups/{}/trees/{epoch}", hall.rooms[group].id);
+            match hall.api.insist_bytes(&path, &hall.seats[at].registered.credential).await {
+                // Set once, here.
+                Ok(bytes) => drop(fetched.set(bytes)),
+                Err(error) => *hall.failure.borrow_mut() = Some(format!("{error:#}")),
+            }
+        });
+        tree
+    }
+
+    fn answered(&self, at: usize, feed: &mut Feed, request: u64, code: u32) {
         const AGAIN: [Code; 5] = [Code::Conflict, Code::RateLimited, Code::Unavailable, Code::OutcomeUnknown, Code::Internal];
+        let seat = &self.seats[at];
         let code = Code::try_from(code as i32).unwrap_or(Code::Internal);
         if code == Code::Ok {
             if feed.sent.remove(&request).is_some() {
                 add(&self.counters.accepted, 1);
+                add(&self.rooms[seat.group].accepted, 1);
             }
         } else if AGAIN.contains(&code) {
-            // The tick sends it again soon; of an opaque one in the epoch of then.
-            if let Some(sent) = feed.sent.get_mut(&request) {
-                sent.tried_us = self.now_us().saturating_sub(UNANSWERED_US - 100_000);
+            let Some(sent) = feed.sent.get_mut(&request) else { return };
+            match (&sent.body, &seat.reader) {
+                // Of an epoch that is over for too long: encrypted anew, under its number.
+                (Body::Real(..), Some(reader)) if code == Code::Conflict => {
+                    sent.body = Body::Awaited;
+                    reader.write(request);
+                }
+                // The tick sends it again soon; an opaque one in the epoch of then.
+                _ => sent.tried_us = self.now_us().saturating_sub(UNANSWERED_US - 100_000),
             }
         } else if feed.sent.remove(&request).is_some() {
             add(&self.counters.refused, 1);
@@ -433,14 +492,19 @@ impl Hall {
 
     /// An item in its order.
     fn item(&self, at: usize, feed: &mut Feed, item: &Item<'_>) {
+        // What was fetched and comes by the stream as well.
         if item.seq <= feed.cursor {
-            add(&self.counters.duplicates, 1);
             return;
         }
         feed.cursor = item.seq;
+        feed.had += 1;
         add(&self.counters.items, 1);
         let seat = &self.seats[at];
         let room = &self.rooms[seat.group];
+        let Some(shared) = room.shared(item) else {
+            add(&self.counters.different, 1);
+            return;
+        };
         match item.kind {
             MESSAGE => {
                 add(&self.counters.deliveries, 1);
@@ -450,30 +514,21 @@ impl Hall {
                     let took = self.now_us().saturating_sub(*sent);
                     self.latency.borrow_mut().saturating_record(took.max(1));
                 }
-                let own = item.sender_account == seat.registered.target.account;
-                if let Some(member) = seat.member.as_ref().filter(|_| !self.opaque && !own) {
-                    match member.borrow_mut().receive(item.content) {
-                        Ok(Some(content)) if Stamp::from_bytes(&content).is_some() => add(&self.counters.decrypted, 1),
-                        _ => add(&self.counters.undecryptable, 1),
-                    }
-                }
             }
             COMMIT => {
                 room.epoch.set(room.epoch.get().max(item.epoch + 1));
-                if seat.sampled
-                    && let Some(sent) = room.commits.borrow().get(&item.epoch)
-                {
-                    self.op_seen.borrow_mut().saturating_record(self.now_us().saturating_sub(*sent).max(1));
+                if let Some((op, sent)) = room.commits.borrow().get(&item.epoch) {
+                    let took = self.now_us().saturating_sub(*sent).max(1);
+                    self.op_seen.borrow_mut()[*op as usize].saturating_record(took);
                 }
-                // Whoever commits has merged it by its verdict.
-                if let Some(member) = &seat.member
-                    && member.borrow().view().is_some_and(|view| view.0 == item.epoch)
-                    && member.borrow_mut().receive(item.content).is_err()
-                {
-                    add(&self.counters.undecryptable, 1);
+                if room.guest == Some(at) && room.removals.borrow().contains(&item.epoch) {
+                    feed.leave(item.seq);
                 }
             }
             _ => {}
+        }
+        if let Some(reader) = seat.reader.as_ref().filter(|_| !self.opaque || shared.kind == Kind::Commit) {
+            reader.item(&shared);
         }
     }
 
@@ -517,10 +572,13 @@ impl Hall {
                     client_message_id: number("client_message_id"),
                     content: &content,
                 };
+                if !feed.inside {
+                    break;
+                }
                 add(&self.counters.fetched, 1);
                 self.item(at, &mut feed, &item);
             }
-            if items.is_empty() {
+            if items.is_empty() || !feed.inside {
                 break;
             }
         }

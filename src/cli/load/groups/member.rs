@@ -1,4 +1,4 @@
-//! MLS of the devices of a run: the SDK's own engine, in memory. What all can share is shared: nothing is made twice.
+//! MLS of the devices of a run: the SDK's own engine over openmls, in memory.
 
 use anyhow::Context as _;
 
@@ -7,7 +7,8 @@ use crate::client::core::state::{MemoryState, StateKey, StateTx, encode_address}
 use crate::clock::{Clock as _, SystemClock, SystemRandom};
 use crate::ids::{DeviceAddr, GroupId};
 
-/// A device with its keys. Its group stays open, so that a message does not cost reading the whole tree.
+/// A device with its keys. Its group stays open and is never saved: the tool ends with it, and writing down a group of 1,500 takes longer
+/// than what is written about.
 pub struct Member {
     state: MemoryState,
     group: Option<Group>,
@@ -20,39 +21,37 @@ impl Member {
         Self { state, group: None }
     }
 
-    fn run<T>(&mut self, work: impl FnOnce(&Engine<'_, '_>, Option<Group>) -> Result<(T, Option<Group>), Error>) -> Result<T, Error> {
+    fn run<T>(&mut self, work: impl FnOnce(&Engine<'_, '_>, &mut Option<Group>) -> Result<T, Error>) -> Result<T, Error> {
         let tx = StateTx::new(&self.state);
-        let done = Engine::new(&tx, &SystemRandom).and_then(|engine| work(&engine, self.group.take()));
+        let done = Engine::new(&tx, &SystemRandom).and_then(|engine| work(&engine.unsaved(), &mut self.group));
         let (writes, _) = tx.finish();
-        let (value, group) = done?;
-        self.state.commit(writes);
-        self.group = group;
-        Ok(value)
+        if done.is_ok() {
+            self.state.commit(writes);
+        }
+        done
     }
 
     fn in_group<T>(&mut self, work: impl FnOnce(&Engine<'_, '_>, &mut Group) -> Result<T, Error>) -> Result<T, Error> {
-        self.run(|engine, group| {
-            let mut group = group.ok_or(Error::NotMember)?;
-            Ok((work(engine, &mut group)?, Some(group)))
-        })
+        self.run(|engine, group| work(engine, group.as_mut().ok_or(Error::NotMember)?))
     }
 
     pub fn key_package(&mut self) -> anyhow::Result<Vec<u8>> {
-        let made = self.run(|engine, group| Ok((engine.key_packages(1, SystemClock.now())?, group)))?;
+        let made = self.run(|engine, _| engine.key_packages(1, SystemClock.now()))?;
         made.into_iter().next().context("no KeyPackage was made")
     }
 
     pub fn create(&mut self, id: GroupId) -> anyhow::Result<Created> {
-        Ok(self.run(|engine, _| {
+        Ok(self.run(|engine, open| {
             let (group, created) = engine.create(id, "load", None, SystemClock.now())?;
-            Ok((created, Some(group)))
+            *open = Some(group);
+            Ok(created)
         })?)
     }
 
-    /// Adds these, or renews the own keys if there are none.
-    pub fn change(&mut self, add: &[(DeviceAddr, Vec<u8>)]) -> anyhow::Result<Outgoing> {
+    /// Adds and removes these, or renews the own keys if there are none.
+    pub fn change(&mut self, add: &[(DeviceAddr, Vec<u8>)], remove: &[DeviceAddr]) -> anyhow::Result<Outgoing> {
         let add = add.iter().map(|(device, bytes)| (*device, bytes.as_slice())).collect();
-        let change = Change { add, ..Change::default() };
+        let change = Change { add, remove_devices: remove.to_vec(), ..Change::default() };
         Ok(self.in_group(|engine, group| group.change(engine, &change, SystemClock.now()))?)
     }
 
@@ -65,8 +64,11 @@ impl Member {
         Ok(self.in_group(|engine, group| group.refused(engine))?)
     }
 
-    pub fn join(&mut self, welcome: &[u8], tree: &[u8]) -> anyhow::Result<()> {
-        Ok(self.run(|engine, _| Ok(((), Some(engine.join(welcome, tree, true)?))))?)
+    pub fn join(&mut self, welcome: &[u8], tree: &[u8]) -> Result<(), Error> {
+        self.run(|engine, open| {
+            *open = Some(engine.join(welcome, tree, true)?);
+            Ok(())
+        })
     }
 
     /// Takes in a commit or a message; the plaintext of a message.
@@ -81,9 +83,14 @@ impl Member {
         Ok(self.in_group(|engine, group| group.encrypt(engine, content))?)
     }
 
+    /// `None` outside of a group, or once it was taken out.
+    pub fn epoch(&self) -> Option<u64> {
+        self.group.as_ref().filter(|group| group.is_active()).map(Group::epoch)
+    }
+
     /// The epoch, and what all of it have in common; `None` outside of a group.
     pub fn view(&self) -> Option<(u64, Vec<u8>)> {
-        self.group.as_ref().map(|group| (group.epoch(), group.authenticator()))
+        self.group.as_ref().filter(|group| group.is_active()).map(|group| (group.epoch(), group.authenticator()))
     }
 }
 
