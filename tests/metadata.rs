@@ -429,7 +429,8 @@ async fn every_step_of_a_group_is_there_once() -> anyhow::Result<()> {
     assert_eq!((size(Kind::GroupCreated), size(Kind::GroupClosed)), (0, 0));
     assert_eq!(size(Kind::GroupMessage), sealpost::wire::padding::padded_len(send.content.len()));
     assert_eq!(size(Kind::GroupCommitRefused), sealpost::wire::padding::padded_len(late.commit.len()));
-    let names = [&group.as_bytes()[..], owner.addr().account.as_bytes(), other.addr().account.as_bytes()];
+    let accounts = [owner.addr().account, other.addr().account];
+    let names = [&group.as_bytes()[..], accounts[0].as_bytes(), accounts[1].as_bytes()];
     assert!(found.iter().all(|record| names.iter().all(|name| record.group != *name && record.account != *name)));
     Ok(())
 }
