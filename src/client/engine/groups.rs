@@ -82,6 +82,7 @@ impl Inner {
         match self.api.group_tree(group, epoch).await {
             Ok(tree) => {
                 self.store.run(move |db| db.join_group(group, epoch, &tree)).await?;
+                self.entered(group);
                 Ok(())
             }
             // The invitation is old: the tree of its epoch is not kept any more.
@@ -102,7 +103,11 @@ impl Inner {
             Err(error) => return Err(error.into()),
         };
         match self.api.commit_group(group, &rejoin.outgoing).await {
-            Ok(place) => Ok(self.store.run(move |db| db.rejoined(group, rejoin, place.seq)).await?),
+            Ok(place) => {
+                self.store.run(move |db| db.rejoined(group, rejoin, place.seq)).await?;
+                self.entered(group);
+                Ok(())
+            }
             Err(error) if error.code() == Some(Code::Conflict) => Ok(self.store.run(move |db| db.rejoin_overtaken(group)).await?),
             Err(error) if error.is_transient() || error.code() == Some(Code::Unauthenticated) => Err(error.into()),
             Err(error) => self.rejoin_refused(group, &error).await,
@@ -165,6 +170,11 @@ impl Inner {
             }
         }
         Ok(self.store.run(move |db| db.groups_found(&found)).await?)
+    }
+
+    /// The server ended what the stream followed when this device was taken out, which it need not have noticed: it asks anew.
+    fn entered(&self, group: GroupId) {
+        self.entered.lock().unwrap_or_else(PoisonError::into_inner).insert(group);
     }
 
     async fn wait(&self, round: u32) {

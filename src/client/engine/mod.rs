@@ -4,7 +4,7 @@ mod groups;
 mod session;
 mod work;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -41,6 +41,8 @@ pub(super) struct Inner {
     pub live: broadcast::Sender<Live>,
     /// Changes of one group are made one after the other.
     group_locks: Mutex<HashMap<GroupId, Arc<tokio::sync::Mutex<()>>>>,
+    /// Groups that this device came into since the session looked last.
+    entered: Mutex<HashSet<GroupId>>,
 }
 
 impl Inner {
@@ -48,7 +50,7 @@ impl Inner {
         let api = Api::new(http.clone(), Some(Zeroizing::new(credential.secret.to_string())));
         let (connection, _) = watch::channel(Connection::Stopped);
         let (live, _) = broadcast::channel(LIVE_QUEUE);
-        Self { store, http, api, credential, clock, random, connection, live, group_locks: Mutex::default() }
+        Self { store, http, api, credential, clock, random, connection, live, group_locks: Mutex::default(), entered: Mutex::default() }
     }
 
     fn set_connection(&self, state: Connection) {

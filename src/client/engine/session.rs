@@ -1,7 +1,7 @@
 //! One connection: frames in, frames out, and the work they call for.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use futures_util::{FutureExt as _, SinkExt as _, StreamExt as _};
@@ -366,7 +366,8 @@ impl Session<'_> {
     fn follow(&mut self, groups: Vec<GroupId>) -> Result<(), End> {
         // Who left is not followed any more; who comes back asks anew.
         let inside: HashSet<GroupId> = groups.iter().copied().collect();
-        self.followed.retain(|group| inside.contains(group));
+        let entered = std::mem::take(&mut *self.inner.entered.lock().unwrap_or_else(PoisonError::into_inner));
+        self.followed.retain(|group| inside.contains(group) && !entered.contains(group));
         let wanted: Vec<GroupId> = groups
             .into_iter()
             .filter(|group| !self.followed.contains(group))

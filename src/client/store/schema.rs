@@ -114,13 +114,14 @@ ALTER TABLE messages ADD COLUMN group_seq INTEGER;
 const V4: &str = "
 -- Repair of groups (store/groups/repair.rs). repair_ms: when a device that is out of touch joins again, NULL: now; broken: because of a commit that
 -- nobody could take in; repairs, repaired_ms: how often that was lately, and when last. name_due_ms: when the key of the name is to be told, or
--- asked for; name_told_ms: when somebody told it.
+-- asked for; name_told_ms: when somebody told it. joined_epoch: the epoch in which this device came in, or came back.
 ALTER TABLE groups ADD COLUMN repair_ms INTEGER;
 ALTER TABLE groups ADD COLUMN broken INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE groups ADD COLUMN repairs INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE groups ADD COLUMN repaired_ms INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE groups ADD COLUMN name_due_ms INTEGER;
 ALTER TABLE groups ADD COLUMN name_told_ms INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE groups ADD COLUMN joined_epoch INTEGER NOT NULL DEFAULT 0;
 -- Devices that such a commit left behind, with the key of their leaf then: an admin that came back brings them back.
 CREATE TABLE group_left_behind (
     mls_group BLOB, account BLOB, device INTEGER, key BLOB NOT NULL, PRIMARY KEY (mls_group, account, device)

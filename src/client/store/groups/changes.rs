@@ -306,6 +306,7 @@ impl Db {
         self.brought_back(id)?;
         self.mark(|changed| changed.outgoing = true);
         self.note_group(id)?;
+        self.connection.execute("UPDATE groups SET joined_epoch = epoch WHERE id = ?1", [id])?;
         self.miss_name_key(id)
     }
 

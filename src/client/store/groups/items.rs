@@ -146,6 +146,8 @@ impl Db {
             Ok(_) => Ok(()),
             // A commit was missed, or the keys are not there.
             Err(groups::Error::Missed { .. } | groups::Error::NotMember) => self.lose_touch(id, Loss::Alone),
+            // Written before this device came, and placed behind that: not for it.
+            Err(_) if self.group_row(id)?.is_some_and(|row| item.epoch < row.joined_epoch) => Ok(()),
             Err(error) => {
                 tracing::warn!(%error, "a message of a group can't be decrypted");
                 let Some(from) = sender else { return Ok(()) };

@@ -42,9 +42,10 @@ pub(super) struct GroupRow {
     pub leaving: bool,
     pub repairs: u32,
     pub repaired_ms: u64,
+    pub joined_epoch: u64,
 }
 
-const COLUMNS: &str = "id, state, cursor, head, epoch, name, accounts, leaving, repairs, repaired_ms";
+const COLUMNS: &str = "id, state, cursor, head, epoch, name, accounts, leaving, repairs, repaired_ms, joined_epoch";
 
 fn read_row(row: &Row<'_>) -> rusqlite::Result<GroupRow> {
     Ok(GroupRow {
@@ -58,6 +59,7 @@ fn read_row(row: &Row<'_>) -> rusqlite::Result<GroupRow> {
         leaving: row.get(7)?,
         repairs: row.get(8)?,
         repaired_ms: sql::uint(row.get(9)?),
+        joined_epoch: sql::uint(row.get(10)?),
     })
 }
 
