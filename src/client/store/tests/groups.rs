@@ -145,7 +145,7 @@ fn a_database_of_the_version_before_gets_the_tables_of_groups() {
     let path = dir.path().join("old.db");
     let old = crate::client::store::open(&path).expect("a new file");
     let undo = "DROP TABLE mls; DROP TABLE group_signers; DROP TABLE group_name_keys; DROP TABLE groups; DROP TABLE group_invitations;
-        DROP TABLE group_pending; DROP TABLE group_outgoing; DROP TABLE group_reads; ALTER TABLE messages DROP COLUMN group_seq;
+        DROP TABLE group_pending; DROP TABLE group_outgoing; DROP TABLE group_reads; DROP TABLE group_left_behind; ALTER TABLE messages DROP COLUMN group_seq;
         PRAGMA user_version = 1;";
     old.execute_batch(undo).expect("as it was");
     drop(old);
