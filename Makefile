@@ -2,7 +2,7 @@
 
 CARGO ?= cargo
 # Tests that run on both profiles from one source; the first run of them, by `make unit`, is on the embedded one.
-ON_BOTH := delivery client_e2e client_repair client_kill kill_audit canary isolation http_accounts http_edge http_key_packages http_keys \
+ON_BOTH := delivery client_e2e client_repair client_kill groups_kill kill_audit canary isolation http_accounts http_edge http_key_packages http_keys \
 	http_messages http_realms http_stream draining timers private_ca dashboards tracing
 # Seconds for each fuzz target of `make fuzz`.
 FUZZ_SECONDS ?= 20
