@@ -66,7 +66,13 @@ impl Scene {
         self.carol.catch_up(500).await;
         let send = self.carol.next_send(b"still here");
         assert_eq!(self.carol.post(&send).await.0, StatusCode::OK);
-        assert_eq!(self.alice.catch_up(500).await, [b"still here"]);
+        // Durable is not yet in the group's store.
+        let mut read = self.alice.catch_up(500).await;
+        while read.is_empty() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+            read = self.alice.catch_up(500).await;
+        }
+        assert_eq!(read, [b"still here"]);
         assert_eq!(self.alice.view(), self.carol.view());
     }
 }
