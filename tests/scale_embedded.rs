@@ -114,7 +114,7 @@ async fn partitions_are_scaled_under_load() {
     }
     assert_eq!((&status["ready"], &status["inbox"]["partitions"], &status["pending"]["items"]), (&true.into(), &6.into(), &0.into()));
     assert!(
-        status["pending"]["inboxes"].as_u64() >= Some(16) && status["partitions"].as_array().map(Vec::len) == Some(86 + 16),
+        status["pending"]["inboxes"].as_u64() >= Some(16) && status["partitions"].as_array().map(Vec::len) == Some(86 + 16 + 16),
         "{status}"
     );
     let text = output(call(&data, &["status", "--interval", "0.2"])).await;
