@@ -16,6 +16,9 @@ use opentelemetry_proto::tonic::trace::v1::{Span, span::SpanKind, status::Status
 use parking_lot::Mutex;
 use prost::Message as _;
 
+/// What happens to a message, in this order.
+const STEPS: [&str; 4] = ["accept", "append", "apply", "deliver"];
+
 /// Takes traces as a collector does.
 #[derive(Clone, Default)]
 pub struct Collector(pub Arc<Mutex<Vec<ExportTraceServiceRequest>>>);
@@ -42,12 +45,16 @@ impl Collector {
         scopes.flat_map(|scope| scope.spans.clone()).collect()
     }
 
-    /// The steps of each of so many messages whose last step is `last`, once they are here.
+    /// The steps of each of so many messages whose last step is `last`, once they are here. Processes export each when it likes.
     pub async fn traces(&self, last: &str, count: usize) -> Vec<Vec<Span>> {
         let arrive = async {
             loop {
                 let spans = self.spans();
-                let whole: BTreeSet<&[u8]> = spans.iter().filter(|span| span.name == last).map(|span| &span.trace_id[..]).collect();
+                let mut whole: BTreeSet<&[u8]> = spans.iter().filter(|span| span.name == last).map(|span| &span.trace_id[..]).collect();
+                let before = STEPS.iter().take_while(|step| **step != last);
+                for step in before {
+                    whole.retain(|id| spans.iter().any(|span| span.trace_id == *id && span.name == *step));
+                }
                 if whole.len() >= count {
                     let of = |id: &&[u8]| spans.iter().filter(|span| span.trace_id == **id).cloned().collect();
                     return whole.iter().map(of).collect();
@@ -69,9 +76,9 @@ pub fn attribute(resource: &Resource, key: &str) -> Option<String> {
 
 /// The steps in order, each within or behind the one that it follows from.
 pub fn check(mut spans: Vec<Span>) {
-    spans.sort_by_key(|span| ["accept", "append", "apply", "deliver"].iter().position(|name| *name == span.name));
+    spans.sort_by_key(|span| STEPS.iter().position(|name| *name == span.name));
     let names: Vec<&str> = spans.iter().map(|span| &*span.name).collect();
-    assert_eq!(names, ["accept", "append", "apply", "deliver"], "{spans:#?}");
+    assert_eq!(names, STEPS, "{spans:#?}");
     let [accept, append, apply, deliver] = &spans[..] else { unreachable!("four of them") };
     assert!(accept.parent_span_id.is_empty(), "the server begins the trace, not the client");
     assert_eq!(
