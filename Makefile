@@ -54,7 +54,7 @@ test-cluster: tools
 	topology/local up --dir "$$dir" --brokers $(BROKERS) --only kafka,cassandra && \
 	servers=$$(topology/local env --dir "$$dir") && \
 	env $$servers $(CARGO) test --all-features --test 'cluster_*' -- --test-threads=1 --nocapture && \
-	env $$servers SEALPOST_TEST_PROFILE=cluster SEALPOST_TEST_KILL_ROUNDS=5 $(CARGO) test --all-features $(ON_BOTH:%=--test %) -- --test-threads=3 && \
+	env $$servers SEALPOST_TEST_PROFILE=cluster SEALPOST_TEST_KILL_ROUNDS=3 $(CARGO) test --all-features $(ON_BOTH:%=--test %) -- --test-threads=3 && \
 	topology/local down --dir "$$dir" && \
 	topology/local up --dir "$$dir/secure" --only kafka,cassandra --secure && \
 	env $$(topology/local env --dir "$$dir/secure") $(CARGO) test --all-features --test cluster_secure -- --test-threads=1 --nocapture
