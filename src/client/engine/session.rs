@@ -240,9 +240,7 @@ impl Session<'_> {
                     self.live = true;
                     self.inner.set_connection(Connection::Live);
                     // Only now: an invitation may have been on its way.
-                    if self.inner.store.run(|db| db.groups_unlooked()).await.map_err(|error| self.lost(error))? {
-                        self.start(Work::FindGroups);
-                    }
+                    self.find_groups().await?;
                 }
                 Some(Frame::PrekeysLow(_)) => self.start(Work::Keys),
                 Some(Frame::KeyPackagesLow(_)) => self.start(Work::KeyPackages),
@@ -333,8 +331,8 @@ impl Session<'_> {
             self.housekeeping = Instant::now();
             self.start(Work::Keys);
             self.start(Work::KeyPackages);
-            if self.live && self.inner.store.run(|db| db.groups_unlooked()).await.map_err(|error| self.lost(error))? {
-                self.start(Work::FindGroups);
+            if self.live {
+                self.find_groups().await?;
             }
         }
         if self.looked.elapsed() > LOOK {
@@ -358,6 +356,14 @@ impl Session<'_> {
             if !self.pending.contains_key(&work) {
                 self.start(work);
             }
+        }
+        Ok(())
+    }
+
+    /// Looks for groups that nobody told this device of, if it is time.
+    async fn find_groups(&mut self) -> Result<(), End> {
+        if self.inner.store.run(|db| db.groups_unlooked()).await.map_err(|error| self.lost(error))? {
+            self.start(Work::FindGroups);
         }
         Ok(())
     }
