@@ -7,6 +7,7 @@ use crate::ids::{DeviceAddr, Seq};
 use crate::limits;
 use crate::projector::groups::carried::{Carried, Members};
 use crate::store::Mark;
+use crate::store::groups::GroupRoster;
 use crate::wire::group_event::{GroupEvent, GroupEventBody};
 
 /// Whether an event at this position makes a group's state whole, near enough to what is in it to be begun from.
@@ -28,8 +29,7 @@ pub fn begin(group: &mut Option<Group>, met: Met<'_>, carried: Carried, tools: T
     let Carried { mut head, members: Members { roster, marks, has_tree, begun_by }, info, snapshot } = carried;
     let (id, at) = (met.event.group, head.applied);
     let state = State::decode(id, &snapshot, at, tools.random)?;
-    let known = roster_of(&state.public.roster()?, roster.epoch);
-    if head.closed || state.public.id() != id || state.public.epoch() != head.epoch || known != roster || !state.public.matches(&info) {
+    if head.closed || state.public.id() != id || !fit(&state, head.epoch, &roster, &info)? {
         return Err(Refused::Invalid("the parts of a group's state do not fit together".to_owned()));
     }
     if has_tree {
@@ -52,13 +52,18 @@ pub fn begin(group: &mut Option<Group>, met: Met<'_>, carried: Carried, tools: T
     Ok(())
 }
 
+/// Whether the parts of a state are of one group and epoch.
+fn fit(state: &State, epoch: u64, roster: &GroupRoster, info: &[u8]) -> Result<bool, Refused> {
+    let known = roster_of(&state.public.roster()?, roster.epoch);
+    Ok(state.public.epoch() == epoch && known == *roster && state.public.matches(info))
+}
+
 impl Group {
     /// The group as a state carries it, if it is open and its parts fit together: `info` its GroupInfo, `marks` its members', as the store has
     /// them. Another projector may have written some of them meanwhile.
     pub fn carried(&self, info: Bytes, mut marks: Vec<(DeviceAddr, Mark)>, has_tree: bool) -> Option<Carried> {
-        let state = self.state.as_ref().filter(|state| !self.head.closed && state.public.epoch() == self.head.epoch)?;
-        let known = roster_of(&state.public.roster().ok()?, self.roster.epoch);
-        if known != self.roster || !state.public.matches(&info) {
+        let state = self.state.as_ref().filter(|_| !self.head.closed)?;
+        if !fit(state, self.head.epoch, &self.roster, &info).ok()? {
             return None;
         }
         marks.retain(|(_, mark)| mark.applied <= self.head.applied);
