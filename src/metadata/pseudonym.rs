@@ -1,6 +1,7 @@
 //! Accounts under a keyed hash whose key changes with time. The derivation is in `schemas/metadata.proto`.
 
 use std::collections::HashMap;
+use std::hash::Hash;
 use std::sync::Arc;
 
 use ring::hmac;
@@ -121,31 +122,30 @@ impl Period {
     }
 
     fn of(&mut self, account: &AccountId) -> [u8; 16] {
-        if let Some(known) = self.known.get(account) {
-            return *known;
-        }
-        if self.known.len() >= limits::METADATA_PSEUDONYMS {
-            self.known.clear();
-        }
-        let pseudonym = first(&hmac::sign(&self.key, account.as_bytes()));
-        self.known.insert(*account, pseudonym);
-        pseudonym
+        remembered(&mut self.known, account, || hmac::sign(&self.key, account.as_bytes()))
     }
 
     fn of_group(&mut self, group: &GroupId) -> [u8; 16] {
-        if let Some(known) = self.groups.get(group) {
-            return *known;
-        }
-        if self.groups.len() >= limits::METADATA_PSEUDONYMS {
-            self.groups.clear();
-        }
-        let mut context = hmac::Context::with_key(&self.key);
-        context.update(b"group");
-        context.update(group.as_bytes());
-        let pseudonym = first(&context.sign());
-        self.groups.insert(*group, pseudonym);
-        pseudonym
+        remembered(&mut self.groups, group, || {
+            let mut context = hmac::Context::with_key(&self.key);
+            context.update(b"group");
+            context.update(group.as_bytes());
+            context.sign()
+        })
     }
+}
+
+/// What was made of an id before, or is made now.
+fn remembered<K: Eq + Hash + Copy>(known: &mut HashMap<K, [u8; 16]>, id: &K, make: impl FnOnce() -> hmac::Tag) -> [u8; 16] {
+    if let Some(known) = known.get(id) {
+        return *known;
+    }
+    if known.len() >= limits::METADATA_PSEUDONYMS {
+        known.clear();
+    }
+    let pseudonym = first(&make());
+    known.insert(*id, pseudonym);
+    pseudonym
 }
 
 fn first<const N: usize>(tag: &hmac::Tag) -> [u8; N] {
