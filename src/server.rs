@@ -125,7 +125,7 @@ impl View {
 
     #[cfg(feature = "cluster")]
     fn two<S: DeliveryStore + DirectoryStore + GroupStore>(views: [Arc<S>; 2], log: &Arc<dyn EventLog>) -> Self {
-        let each = views.iter().map(|view| Positions { delivery: view.clone(), directory: view.clone(), groups: view.clone() }).collect();
+        let each = views.iter().map(Positions::in_one).collect();
         let (layout, settled) = (Arc::clone(log), Arc::clone(log));
         let (directory, groups) = (log.partitions(Topic::Directory), log.partitions(Topic::Groups));
         let both = Arc::new(Mirrored::new(

@@ -187,6 +187,11 @@ pub struct Positions {
 }
 
 impl Positions {
+    /// Of a view that is one store.
+    pub fn in_one<S: DeliveryStore + DirectoryStore + GroupStore + 'static>(store: &Arc<S>) -> Self {
+        Self { delivery: store.clone(), directory: store.clone(), groups: store.clone() }
+    }
+
     /// The next record to apply.
     pub async fn of(&self, tp: TopicPartition) -> Result<Offset, StoreError> {
         match tp.topic {

@@ -292,7 +292,7 @@ impl Control {
     }
 
     async fn look(&self) -> Result<Look, String> {
-        let view = Positions { delivery: self.store.clone(), directory: self.store.clone(), groups: self.store.clone() };
+        let view = Positions::in_one(&self.store);
         let mut partitions = Vec::new();
         for topic in [Topic::Inbox, Topic::Directory, Topic::Groups] {
             for partition in (0..self.log.partitions(topic)).map(Partition) {

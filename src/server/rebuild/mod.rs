@@ -60,7 +60,7 @@ pub async fn rebuild(config: &Config, on_progress: impl Fn(u64)) -> Result<Rebui
         // The old view can't be read: then everything counts as applied before. At worst receipts of its last window are missing.
         None => ends(log.as_ref()).await?,
     };
-    let view = Positions { delivery: store.clone(), directory: store.clone(), groups: store.clone() };
+    let view = Positions::in_one(&store);
     let parts = WorkerParts {
         log: rewound(Arc::clone(&log), &view).await?,
         delivery: store.clone(),
@@ -104,7 +104,7 @@ fn partitions(log: &dyn EventLog) -> impl Iterator<Item = TopicPartition> {
 async fn applied_positions(config: &Config, log: &dyn EventLog) -> Option<HashMap<TopicPartition, Offset>> {
     let dir = config.data.join("store");
     let store = tokio::task::spawn_blocking(move || EmbeddedStore::open(&dir, StoreOptions::default())).await.ok()?.ok()?;
-    let view = Positions { delivery: store.clone(), directory: store.clone(), groups: store.clone() };
+    let view = Positions::in_one(&store);
     let mut positions = HashMap::new();
     for tp in partitions(log) {
         positions.insert(tp, view.of(tp).await.ok()?);
